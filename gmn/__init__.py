@@ -1,0 +1,1 @@
+"""gmn: make trained neural networks smaller."""

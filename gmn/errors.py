@@ -1,0 +1,64 @@
+"""The errors a user can meet. Each says what was expected, what was found, where, and what to do."""
+
+from __future__ import annotations
+
+
+class GmnError(Exception):
+    """Base of every error that gmn raises on bad input; the CLI prints it as one line.
+
+    Args:
+        message: What went wrong, as one sentence.
+        expected: What would have been right.
+        got: What was found instead.
+        where: File, line, module or parameter concerned.
+        hint: What the user can do about it.
+
+    >>> print(GmnError("unknown data set", got="'cifar11'", hint="did you mean 'cifar10'?"))
+    unknown data set: got 'cifar11'; did you mean 'cifar10'?
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        expected: str | None = None,
+        got: str | None = None,
+        where: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        parts = [
+            f"expected {expected}" if expected else "",
+            f"got {got}" if got else "",
+            f"in {where}" if where else "",
+            hint or "",
+        ]
+        details = "; ".join(part for part in parts if part)
+        super().__init__(f"{message}: {details}" if details else message)
+
+
+class RecipeError(GmnError):
+    """A recipe that cannot be read: unknown key, wrong type, value out of range."""
+
+
+class DataError(GmnError):
+    """A data set that is missing, empty or malformed."""
+
+
+class NetworkError(GmnError):
+    """A network that cannot be built or whose weights do not fit."""
+
+
+class ConversionError(GmnError):
+    """A module or an operation that has no place in the graph."""
+
+
+class PruningError(GmnError):
+    """A pruning that is impossible: nothing to prune, or the target out of reach."""
+
+
+class TrainingError(GmnError):
+    """A training that cannot go on: the loss is not finite."""
+
+
+class CheckpointError(GmnError):
+    """A saved file that is missing, torn or of another kind."""

@@ -1,0 +1,1 @@
+"""Recipes that ship with gmn, found by name: `gmn meta-train quickstart`."""
