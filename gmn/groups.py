@@ -1,0 +1,165 @@
+"""Which channels go together: coupled channels, groups of them, and the mask that says which nodes stay.
+
+A *channel* here is a set of nodes that must be kept or removed together: nodes joined by an identity edge (a
+residual) or by a depthwise kernel. A *group* is all channels that end in the same layers; it has one channel per
+prunable index k (SPEC of DepGraph, section 3.1). Both are read from the graph alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gmn.errors import PruningError
+from gmn.graph import EdgeBlock, GraphSpec, NodeGroup, block_edges
+
+
+@dataclass(frozen=True)
+class Couplings:
+    """Coupled channels of a network.
+
+    Attributes:
+        channel: [N], the channel that each node belongs to.
+        group: [channels], the group that each channel belongs to.
+        names: Name of each group: its first layer.
+        frozen: Groups that must stay whole, with the reason.
+    """
+
+    channel: Tensor
+    group: Tensor
+    names: tuple[str, ...]
+    frozen: dict[int, str]
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels in all groups."""
+        return len(self.group)
+
+    @property
+    def prunable(self) -> Tensor:
+        """[channels] bool: channels of groups that are not frozen."""
+        return ~torch.isin(self.group, torch.tensor(list(self.frozen), dtype=torch.int64))
+
+    def nodes(self, channels: Tensor) -> Tensor:
+        """[channels] bool to [N] bool."""
+        return channels[self.channel]
+
+
+@dataclass(frozen=True)
+class KeepMask:
+    """Which nodes stay: bool [N], equal for coupled nodes, never empty in a group."""
+
+    keep: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keep.dtype != torch.bool or self.keep.dim() != 1:
+            raise PruningError("malformed mask", expected="bool [N]", got=f"{self.keep.dtype} {tuple(self.keep.shape)}")
+
+    def validate(self, spec: GraphSpec, coupled: Couplings) -> KeepMask:
+        """Check the mask against a network and return it.
+
+        Raises:
+            PruningError: if the size differs, coupled channels differ, a frozen node goes or a layer is emptied.
+        """
+        if len(self.keep) != spec.num_nodes:
+            raise PruningError("the mask is for another network", expected=f"{spec.num_nodes} nodes", got=str(len(self.keep)))
+        kept = torch.zeros(coupled.num_channels, dtype=torch.int64).index_add_(0, coupled.channel, self.keep.long())
+        if not torch.equal(kept[coupled.channel][self.keep], torch.bincount(coupled.channel)[coupled.channel][self.keep]):
+            raise PruningError("the mask separates channels that are coupled")
+        if not bool(self.keep[coupled.nodes(~coupled.prunable)].all()):
+            raise PruningError("the mask removes channels that must stay")
+        for group in spec.groups:
+            if not bool(self.keep[group.start : group.start + group.size].any()):
+                raise PruningError("the mask empties a layer", where=group.name)
+        return self
+
+
+def couplings(spec: GraphSpec) -> Couplings:
+    """Coupled channels and their groups, by joining nodes along identity edges and depthwise kernels."""
+    labels = _components(spec.num_nodes, _coupled_pairs(spec))
+    channel = labels.unique(return_inverse=True)[1]
+    first_node = torch.full((int(channel.max()) + 1,), spec.num_nodes).scatter_reduce_(
+        0, channel, torch.arange(spec.num_nodes), "amin"
+    )
+    group = _groups(spec, channel, len(first_node))
+    owner = [_owner(spec, int(first_node[(group == g).nonzero()[0, 0]])) for g in range(int(group.max()) + 1)]
+    names = tuple(node_group.name for node_group in owner)
+    return Couplings(channel, group, names, _frozen(spec, channel, group))
+
+
+def parametric(spec: GraphSpec) -> set[int]:
+    """Indices of the blocks that hold weights; the others are identities."""
+    return {slot.block for slot in spec.edge_slots}
+
+
+def _coupled_pairs(spec: GraphSpec) -> Tensor:
+    """[2, pairs] of nodes that must be kept or removed together."""
+    weights = parametric(spec)
+    pairs = [torch.empty(2, 0, dtype=torch.int64)]
+    for index, block in enumerate(spec.blocks):
+        if block.form == "diagonal":
+            pairs.append(block_edges(block))
+        elif index not in weights:
+            pairs.append(_dense_identity(spec, block))
+    return torch.cat(pairs, dim=1)
+
+
+def _dense_identity(spec: GraphSpec, block: EdgeBlock) -> Tensor:
+    """Pairs of a dense identity block: the smaller side is centred in the larger one, as in option A shortcuts."""
+    size = min(block.src[1], block.dst[1])
+    steps = torch.arange(size)
+    src, dst = ((side[0] + (side[1] - size) // 2 + steps) for side in (block.src, block.dst))
+    return torch.stack([src, dst])
+
+
+def _components(nodes: int, pairs: Tensor) -> Tensor:
+    """Smallest node of the connected component of each node, by label propagation with pointer jumping."""
+    labels = torch.arange(nodes)
+    while True:
+        low = torch.minimum(labels[pairs[0]], labels[pairs[1]])
+        new = labels.scatter_reduce(0, pairs[0], low, "amin").scatter_reduce(0, pairs[1], low, "amin")
+        new = new.scatter_reduce(0, labels, new, "amin")  # hand the new label to the old root ...
+        new = torch.minimum(new, new[new])  # ... and jump
+        if torch.equal(new, labels):
+            return labels
+        labels = new
+
+
+def _groups(spec: GraphSpec, channel: Tensor, channels: int) -> Tensor:
+    """[channels]: channels that are made by the same weight layers belong to one group."""
+    weights = parametric(spec)
+    made = {block.dst for index, block in enumerate(spec.blocks) if index in weights and block.form != "diagonal"}
+    made |= {(group.start, group.size) for group in spec.groups if group.kind in ("input", "opaque")}
+    pairs = [
+        torch.stack([channel[start].expand(size), channel[start : start + size]]) for start, size in sorted(made)
+    ]
+    return _components(channels, torch.cat(pairs, dim=1)).unique(return_inverse=True)[1]
+
+
+def _owner(spec: GraphSpec, node: int) -> NodeGroup:
+    return next(group for group in spec.groups if group.start <= node < group.start + group.size)
+
+
+def _frozen(spec: GraphSpec, channel: Tensor, group: Tensor) -> dict[int, str]:
+    """Groups that must stay: ends of the network, what has no rule, and what surgery cannot follow."""
+    weights = parametric(spec)
+    ranges = list(spec.frozen)
+    for index, block in enumerate(spec.blocks):
+        if block.form == "grouped":
+            ranges += [(block.src, f"grouped convolution {block.name}"), (block.dst, f"grouped convolution {block.name}")]
+        if index not in weights and _is_padded(spec, block):
+            ranges += [(block.src, f"zero-padded shortcut {block.name}"), (block.dst, f"zero-padded shortcut {block.name}")]
+    frozen: dict[int, str] = {}
+    for (start, size), reason in ranges:
+        for g in group[channel[start : start + size]].unique().tolist():
+            frozen.setdefault(g, reason)
+    return frozen
+
+
+def _is_padded(spec: GraphSpec, block: EdgeBlock) -> bool:
+    """An identity into only some channels of a sum: the code pads with zeros, by a number that no weight tells."""
+    target = _owner(spec, block.dst[0])
+    covered = sum(b.dst[1] for b in spec.blocks if b.name == block.name and target.start <= b.dst[0] < target.start + target.size)
+    return block.src[1] != block.dst[1] or covered < target.size

@@ -1,0 +1,191 @@
+"""Run a network once and write down what happened: an ordered list of operations on numbered values.
+
+No symbolic tracing: the network runs for real on its example inputs, under a `TorchFunctionMode` that sees every
+call of the torch API, so control flow, subclasses and in-place operations are followed as they happen. Modules for
+which the caller has a rule ("leaves") are recorded as one operation and not looked into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from gmn.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a value of the trace: a tensor that depends on the inputs or on a parameter."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """One recorded operation.
+
+    Attributes:
+        name: `module` for a leaf module, else the name of the torch function, such as `conv2d` or `add`.
+        func: The torch function itself; None for a leaf module.
+        module: Qualified name of the leaf module, or of the innermost module that called the function.
+        args, kwargs: As called, tensors that depend on the inputs or parameters replaced by `Ref`.
+        outputs: Structure of the result, tensors replaced by `Ref`.
+    """
+
+    name: str
+    func: Callable[..., Any] | None
+    module: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Any
+
+    def inputs(self) -> list[int]:
+        """Numbers of the values read."""
+        leaves, _ = tree_flatten((self.args, self.kwargs))
+        return [leaf.value for leaf in leaves if isinstance(leaf, Ref)]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Operations in order; shapes of all values; which values are inputs, outputs, or parameters and buffers."""
+
+    ops: tuple[Op, ...]
+    shapes: dict[int, tuple[int, ...]]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    params: dict[int, str]
+
+
+def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], bool]) -> Trace:
+    """Run `model` once in eval mode and record its operations; the model is left as it was found.
+
+    Args:
+        model: Any module.
+        example_inputs: A tensor, or a tuple of positional and a dict of keyword arguments.
+        is_leaf: Whether a module is recorded as one operation.
+
+    Raises:
+        ConversionError: if the network does not run on the inputs.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    recorder = _Recorder(model)
+    inputs = tuple(recorder.track(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
+    with _evaluation(model), _hooked(model, recorder, is_leaf), torch.no_grad():
+        try:
+            with recorder:
+                result = model(*args, **kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
+            raise ConversionError(
+                f"{type(model).__name__} does not run on the example inputs",
+                got=f"input shape {shapes}",
+                hint=str(error).strip().split("\n")[0],
+            ) from error
+    outputs = [recorder.refs[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor) and id(t) in recorder.refs]
+    return Trace(tuple(recorder.ops), recorder.shapes, inputs, tuple(outputs), recorder.params)
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from what users pass: a tensor, a tuple, or a dict of keywords."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
+
+
+class _Recorder(TorchFunctionMode):
+    """Numbers tensors as they appear and records the calls between them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.refs: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # a freed tensor's id() could be given to another one
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.scope: list[str] = [""]
+        self.paused = 0
+        self.params: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self.params[self.track(tensor)] = name
+
+    def track(self, tensor: Tensor) -> int:
+        """Give a tensor a new number; an in-place result gets a new number for the same object."""
+        number = len(self.alive)
+        self.alive.append(tensor)
+        self.refs[id(tensor)] = number
+        self.shapes[number] = tuple(tensor.shape)
+        return number
+
+    def to_refs(self, tree: Any) -> Any:
+        return tree_map(lambda x: Ref(self.refs[id(x)]) if isinstance(x, Tensor) and id(x) in self.refs else x, tree)
+
+    def record(self, name: str, func: Callable[..., Any] | None, args: Any, kwargs: Any, result: Any) -> None:
+        outputs = tree_map(lambda x: Ref(self.track(x)) if isinstance(x, Tensor) else x, result)
+        self.ops.append(Op(name, func, self.scope[-1], args, kwargs, outputs))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        ref_args, ref_kwargs = self.to_refs(args), self.to_refs(kwargs)
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        mutated = args[0] if name == "__setitem__" else result
+        reads = any(isinstance(leaf, Ref) for leaf in tree_flatten((ref_args, ref_kwargs))[0])
+        if reads and any(isinstance(leaf, Tensor) for leaf in tree_flatten(mutated)[0]):
+            self.record(name, func, ref_args, ref_kwargs, mutated)
+        return result
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _hooked(model: nn.Module, recorder: _Recorder, is_leaf: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Hooks that keep the scope, and record leaf modules as one operation each."""
+    pending: list[tuple[Any, Any]] = []
+
+    def attach(name: str, module: nn.Module) -> list[Any]:
+        leaf = is_leaf(module)
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            recorder.scope.append(name)
+            if leaf:
+                if not recorder.paused:
+                    pending.append((recorder.to_refs(args), recorder.to_refs(kwargs)))
+                recorder.paused += 1
+
+        def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            if leaf:
+                recorder.paused -= 1
+                if not recorder.paused:
+                    recorder.record("module", None, *pending.pop(), result)
+            recorder.scope.pop()
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    handles = [handle for name, module in model.named_modules() for handle in attach(name, module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
