@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from gmn.builder import NO_NODE
 from gmn.convert import Call, Flow, register_function
+from gmn.errors import ConversionError
 
 
 def _replay(call: Call, **changes: Any) -> Any:
@@ -29,7 +30,33 @@ def _replay(call: Call, **changes: Any) -> Any:
 )
 def move(call: Call) -> Any:
     """Reshape, permute, split: the same call on the node numbers."""
-    return None if call.parameters else _replay(call)
+    if call.parameters:
+        return None
+    result = _replay(call)
+    for flow in tree_flatten(result)[0]:
+        if isinstance(flow, Flow) and not _keeps_channels(call.flows[0], flow):
+            # the sizes of the parts are written in the code: they would not follow a pruned network
+            call.builder.freeze(call.flows[0].ids.flatten(), f"split or regrouped by {call.name}")
+    return result
+
+
+def _keeps_channels(before: Flow, after: Flow) -> bool:
+    """Whether some axis still carries all channels in their order (perhaps flattened with the positions)."""
+    channels = _aligned(before)
+    if not channels:
+        return True  # regrouped earlier, and frozen there
+    return any(torch.equal(channels[0].unique_consecutive(), c.unique_consecutive()) for c in _aligned(after))
+
+
+def _aligned(flow: Flow) -> list[Tensor]:
+    """The channels along each axis that carries them."""
+    found = []
+    for axis in range(flow.ids.dim()):
+        try:
+            found.append(flow.channels(axis))
+        except ConversionError:
+            continue
+    return sorted((c for c in found if len(c) > 1), key=len, reverse=True)
 
 
 @register_function("cat", "concat", "concatenate", "stack")

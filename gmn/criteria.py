@@ -66,12 +66,17 @@ class Importance:
     def _weights(self, member: _Member) -> Tensor:
         return member.first.float() if self.criterion.reduce == "first" else torch.ones(len(member.channel))
 
-    def raw(self, state: Mapping[str, Tensor]) -> Tensor:
-        """[channels]: I_k, before normalisation; differentiable in the parameters."""
-        sample = state[self.members[0].param]
+    def energies(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """|w|^p by parameter: [G, O, inputs] summed over the taps of each kernel, or [channels] for a norm."""
+        return {m.param: _energy(state[m.param], m.slot, self.criterion.p) for m in self.members}
+
+    def raw(self, energies: Mapping[str, Tensor]) -> Tensor:
+        """[channels]: I_k, before normalisation; differentiable in the energies."""
+        sample = energies[self.members[0].param]
         total = sample.new_zeros(self.coupled.num_channels)
         for member in self.members:
-            norms = _slice_norms(state[member.param], member, self.criterion.p)
+            energy = energies[member.param]
+            norms = energy if member.axis is None else energy.sum(dim=2 - member.axis).flatten()
             total = total.index_add(0, member.channel.to(sample.device), norms * self._weights(member).to(sample))
         return total / self.counts.to(sample)
 
@@ -87,14 +92,14 @@ class Importance:
         total, count = (raw.new_zeros(size).index_add(0, group, x) for x in (raw * kept, kept))
         return (total / count.clamp(min=1.0))[group]
 
-    def scores(self, state: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
+    def scores(self, energies: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
         """[channels]: normalised scores, comparable over groups; the lowest go first. `keep`: [channels] bool."""
-        raw = self.raw(state)
+        raw = self.raw(energies)
         return raw / self.normalizer(raw, keep).clamp(min=torch.finfo(raw.dtype).tiny)
 
     def sparsity_loss(self, state: Mapping[str, Tensor], *, scale_invariant: bool = False) -> Tensor:
         """R summed over the groups that can be pruned; a scalar, differentiable in the parameters."""
-        raw = self.raw(state)
+        raw = self.raw(self.energies(state))
         norm = self.normalizer(raw).clamp(min=torch.finfo(raw.dtype).tiny)
         prunable = self.coupled.prunable.to(raw.device)
         terms = self.gamma(raw.detach()) * raw / (norm if scale_invariant else norm.detach())
@@ -113,12 +118,9 @@ def _reduce(values: Tensor, group: Tensor, how: Literal["amax", "amin"]) -> Tens
     return values.new_zeros(size).scatter_reduce(0, group, values, how, include_self=False)
 
 
-def _slice_norms(weight: Tensor, member: _Member, p: float) -> Tensor:
-    """[slices]: sum |w|^p over everything but the sliced axis."""
+def _energy(weight: Tensor, slot: EdgeSlot | None, p: float) -> Tensor:
     powered = weight * weight if p == 2 else weight.abs() ** p
-    if member.slot is None:
-        return powered
-    return member.slot.canonical(powered).sum(dim=(2, 3) if member.axis == 0 else (1, 3)).flatten()
+    return powered if slot is None else slot.canonical(powered).sum(dim=3)
 
 
 def _members(spec: GraphSpec, coupled: Couplings) -> list[_Member]:

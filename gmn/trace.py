@@ -77,7 +77,7 @@ def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], 
     args, kwargs = split_inputs(example_inputs)
     recorder = _Recorder(model)
     inputs = tuple(recorder.track(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
-    with _evaluation(model), _hooked(model, recorder, is_leaf), torch.no_grad():
+    with evaluation(model), _hooked(model, recorder, is_leaf), torch.no_grad():
         try:
             with recorder:
                 result = model(*args, **kwargs)
@@ -146,7 +146,8 @@ class _Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,0 +1,64 @@
+"""What a network costs: FLOPs, parameters, latency. The one counter of the whole tree.
+
+A multiply-add counts as one FLOP, as in torch-pruning and in the paper's tables (some tools count two).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import nn
+
+from gmn.trace import evaluation, split_inputs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs (multiply-adds) of one forward pass per image, and the number of parameters."""
+
+    flops: float
+    parameters: int
+
+
+def cost(model: nn.Module, example_inputs: Any) -> Cost:
+    """FLOPs and parameters of a network, counted by torch-pruning; the model is left as it was.
+
+    >>> cost(nn.Linear(10, 5, bias=False), torch.zeros(1, 10))
+    Cost(flops=50.0, parameters=50)
+    """
+    args, kwargs = split_inputs(example_inputs)
+    batch = next((a.shape[0] for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor)), 1)
+    with evaluation(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flops, _ = torch_pruning.utils.count_ops_and_params(model, kwargs or (args[0] if len(args) == 1 else args))
+    return Cost(float(flops) / batch, sum(p.numel() for p in model.parameters()))
+
+
+def latency(models: Sequence[nn.Module], batch: torch.Tensor, *, rounds: int = 15, warmup: int = 2) -> list[float]:
+    """Seconds per forward pass of each model: median over rounds in which the models take turns.
+
+    Taking turns lets slow drifts of the machine (heat, other programs) fall on all of them alike.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    for turn in range(warmup + rounds):
+        for index, model in enumerate(models):
+            with evaluation(model), torch.no_grad():
+                _wait(batch)
+                start = time.perf_counter()
+                model(batch)
+                _wait(batch)
+            if turn >= warmup:
+                times[index].append(time.perf_counter() - start)
+    return [statistics.median(series) for series in times]
+
+
+def _wait(batch: torch.Tensor) -> None:
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)
