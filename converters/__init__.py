@@ -1,5 +1,5 @@
 """Rules that turn modules into graph nodes and edges, one family per file. Importing the package registers them."""
 
-from gmn.converters import conv, linear, merge, movement, norm, pointwise
+from . import conv, linear, merge, movement, norm, pointwise
 
 __all__ = ["conv", "linear", "merge", "movement", "norm", "pointwise"]

@@ -13,7 +13,11 @@ LAYOUTS: dict[str, Layout] = {
     "generic": Layout((*_NORM, *_SHORTCUT, "bias"), (*_ABSENT, *_ABSENT, 0.0)),
     # 8 / 9: the CIFAR ResNets of the paper; a classifier's bias takes the norm's bias column
     "resnet56": Layout(
-        (*_NORM, *_SHORTCUT), (*_ABSENT, *_ABSENT), kernels="padded", identities="dense", bias_column="norm.bias"
+        (*_NORM, *_SHORTCUT),
+        (*_ABSENT, *_ABSENT),
+        kernels="padded",
+        identities="dense",
+        bias_column="norm.bias",
     ),
     # 8 / 1, 9, 49
     "resnet50": Layout((*_NORM, *_SHORTCUT), (*_ABSENT, *_ABSENT), bias_column="norm.bias"),

@@ -23,9 +23,29 @@ def _replay(call: Call, **changes: Any) -> Any:
 
 
 @register_function(
-    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "repeat", "repeat_interleave"),
+    *(
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "repeat",
+        "repeat_interleave",
+    ),
     *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "flip", "roll", "ravel"),
-    *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "__getitem__", "__get__", "index_select"),
+    *(
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "narrow",
+        "select",
+        "__getitem__",
+        "__get__",
+        "index_select",
+    ),
     *("expand_as", "view_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 )
 def move(call: Call) -> Any:

@@ -17,7 +17,12 @@ class BatchNormConverter(Converter):
         assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
         axis = 1
         channels = flow.channels(axis)
-        tensors = {"weight": norm.weight, "bias": norm.bias, "running_mean": norm.running_mean, "running_var": norm.running_var}
+        tensors = {
+            "weight": norm.weight,
+            "bias": norm.bias,
+            "running_mean": norm.running_mean,
+            "running_var": norm.running_var,
+        }
         values = {f"norm.{key}": f"{call.name}.{key}" for key, value in tensors.items() if value is not None}
         layer = builder.whole_group(channels) if flow.stage == "raw" and flow.uses == 1 else None
         if layer is None or not builder.attach(layer, values):

@@ -8,9 +8,46 @@ from gmn.errors import ConversionError
 
 
 @register_function(
-    *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu"),
-    *("gelu", "silu", "silu_", "mish", "hardswish", "hardswish_", "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "tanh_"),
-    *("softplus", "logsigmoid", "abs", "exp", "sqrt", "pow", "__pow__", "clamp", "clamp_", "neg", "__neg__", "float"),
+    *(
+        "relu",
+        "relu_",
+        "relu6",
+        "hardtanh",
+        "hardtanh_",
+        "leaky_relu",
+        "leaky_relu_",
+        "elu",
+        "elu_",
+        "selu",
+        "celu",
+    ),
+    *(
+        "gelu",
+        "silu",
+        "silu_",
+        "mish",
+        "hardswish",
+        "hardswish_",
+        "hardsigmoid",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+    ),
+    *(
+        "softplus",
+        "logsigmoid",
+        "abs",
+        "exp",
+        "sqrt",
+        "pow",
+        "__pow__",
+        "clamp",
+        "clamp_",
+        "neg",
+        "__neg__",
+        "float",
+    ),
     *("square", "to", "type", "half", "bfloat16", "double", "type_as", "threshold", "rsqrt", "log", "relu6_"),
 )
 def activation(call: Call) -> Flow | None:
@@ -36,8 +73,23 @@ def identity(call: Call) -> Flow | None:
 
 
 @register_function(
-    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "interpolate", "lp_pool2d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"),
+    *(
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "interpolate",
+        "lp_pool2d",
+    ),
+    *(
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+    ),
     *("upsample", "upsample_nearest", "upsample_bilinear"),
 )
 def pool(call: Call) -> Flow:

@@ -60,7 +60,9 @@ class Flow:
             return _first(self.ids, axis)
         top = self.ids.amax(dim=[d for d in range(self.ids.dim()) if d != axis], keepdim=True)
         if not bool(((self.ids == top) | (self.ids == NO_NODE)).all()):
-            raise ConversionError("the channels are not aligned along one axis", got=f"axis {axis} of {tuple(self.ids.shape)}")
+            raise ConversionError(
+                "the channels are not aligned along one axis", got=f"axis {axis} of {tuple(self.ids.shape)}"
+            )
         return top.flatten()
 
 
@@ -271,7 +273,11 @@ class Builder:
         return NetworkGraph(spec, self._node_features(spec), tuple(edges), template).validate()
 
     def _spec(
-        self, groups: list[NodeGroup], starts: dict[int, int], blocks: list[EdgeBlock], edge_slots: list[EdgeSlot]
+        self,
+        groups: list[NodeGroup],
+        starts: dict[int, int],
+        blocks: list[EdgeBlock],
+        edge_slots: list[EdgeSlot],
     ) -> GraphSpec:
         columns = {name: i for i, name in enumerate(self.layout.columns)}
         node_slots = [

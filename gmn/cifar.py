@@ -86,9 +86,7 @@ class CifarResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
-            raise NetworkError(
-                "no CIFAR ResNet of this depth", expected="6n + 2: 8, 14, 20, ...", got=str(depth)
-            )
+            raise NetworkError("no CIFAR ResNet of this depth", expected="6n + 2: 8, 14, 20, ...", got=str(depth))
         if shortcut not in ("A", "B"):
             raise NetworkError("unknown shortcut", expected="'A' or 'B'", got=repr(shortcut))
         if width < 1:

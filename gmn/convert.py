@@ -262,4 +262,3 @@ class _Reader:
         nodes = self.builder.ids(self.builder.add_nodes(f"{op.module}.{op.name}", shape[axis], "opaque"))
         self.builder.freeze(nodes, f"made by {op.module or op.name}, which has no rule")
         return Flow(spread(nodes, shape, axis))
-

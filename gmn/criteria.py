@@ -21,16 +21,7 @@ from torch import Tensor
 
 from gmn.graph import EdgeSlot, GraphSpec
 from gmn.groups import Couplings
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """How channels are scored; the default is the paper's "group l2 norm max normalizer"."""
-
-    p: float = 2.0
-    reduce: Literal["mean", "first"] = "mean"
-    normalize: Literal["max", "mean", "none"] = "max"
-    alpha: float = 4.0
+from gmn.settings import Criterion
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,7 @@ class Augment:
         """Images `[b, C, H, W]` of any type -> the same shape; one gather for the batch, no loop."""
         b, channels, height, width = images.shape
         top, left = torch.randint(2 * self.crop + 1, (2, b, 1), generator=generator)
-        mirrored = (
-            torch.rand(b, 1, generator=generator) < 0.5 if self.flip else torch.zeros(b, 1, dtype=torch.bool)
-        )
+        mirrored = torch.rand(b, 1, generator=generator) < 0.5 if self.flip else torch.zeros(b, 1, dtype=torch.bool)
         columns = torch.arange(width).expand(b, width)
         columns = left + torch.where(mirrored, columns.flip(1), columns)
         rows = top + torch.arange(height)
@@ -81,9 +79,7 @@ class Split:
             raise DataError("images and labels do not match", expected="one label per image", got=got)
         if not len(self.labels):
             raise DataError("a split without images")
-        if len(self.images.shape) != 4 or (
-            isinstance(self.images, Tensor) and self.images.dtype != torch.uint8
-        ):
+        if len(self.images.shape) != 4 or (isinstance(self.images, Tensor) and self.images.dtype != torch.uint8):
             got = f"{getattr(self.images, 'dtype', '')} {list(self.images.shape)}"
             raise DataError("not a batch of images", expected="uint8 [n, C, H, W]", got=got)
         if bool((self.std <= 0).any()):
@@ -112,12 +108,8 @@ class Split:
             limit: at most this many images.
         """
         if batch_size < 1 or (limit is not None and limit < 1):
-            raise DataError(
-                "an empty batch", expected="at least 1", got=f"batch_size {batch_size}, limit {limit}"
-            )
-        order = (
-            torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        )
+            raise DataError("an empty batch", expected="at least 1", got=f"batch_size {batch_size}, limit {limit}")
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         chunks = order[:limit].split(batch_size)
         chunks = [chunk for chunk in chunks if len(chunk) == batch_size or not drop_last]
         for chunk, images in zip(chunks, self._stream(chunks), strict=True):
@@ -164,9 +156,7 @@ class Data:
             low, high = split.labels.aminmax()
             if low < 0 or high >= self.num_classes:
                 expected = f"0..{self.num_classes - 1}"
-                raise DataError(
-                    "labels out of range", expected=expected, got=f"{low}..{high}", where=f"split {name}"
-                )
+                raise DataError("labels out of range", expected=expected, got=f"{low}..{high}", where=f"split {name}")
             if split.images.shape[1:] != self.train.images.shape[1:]:
                 got = f"{[*split.images.shape[1:]]} in {name}"
                 raise DataError(
@@ -236,8 +226,7 @@ def load_data(
     images = [_images(part, size, grey) for part in parts]
     computed = _statistics(images[0]) if mean is None or std is None else (torch.empty(0), torch.empty(0))
     mean_, std_ = (
-        c if g is None else torch.tensor(g, dtype=torch.float32)
-        for g, c in zip((mean, std), computed, strict=True)
+        c if g is None else torch.tensor(g, dtype=torch.float32) for g, c in zip((mean, std), computed, strict=True)
     )
     splits = [Split(i, part.labels, mean_, std_) for i, part in zip(images, parts, strict=True)]
     classes = source.class_names or tuple(str(c) for c in range(int(source.train.labels.max()) + 1))

@@ -207,7 +207,9 @@ class NetworkGraph:
             ConversionError: if `order` moves a node out of the range of a block, or the two sides of a diagonal
                 or grouped block differently, so that the result would have no block form.
         """
-        edges = tuple(self._permute_block(b, e, order) for b, e in zip(self.spec.blocks, self.edge_features, strict=True))
+        edges = tuple(
+            self._permute_block(b, e, order) for b, e in zip(self.spec.blocks, self.edge_features, strict=True)
+        )
         return self.replace(self.node_features[order], edges)
 
     def _permute_block(self, block: EdgeBlock, features: Tensor, order: Tensor) -> Tensor:
@@ -219,7 +221,10 @@ class NetworkGraph:
                 raise ConversionError("a permutation must keep nodes in the range of each block", where=block.name)
         piece = rows.view(g, out)[:, 0] // out
         rows, cols = rows.view(g, out), cols.view(g, into)
-        if not (torch.equal(rows // out, piece[:, None].expand(g, out)) and torch.equal(cols // into, piece[:, None].expand(g, into))):
+        if not (
+            torch.equal(rows // out, piece[:, None].expand(g, out))
+            and torch.equal(cols // into, piece[:, None].expand(g, into))
+        ):
             raise ConversionError("both sides of a grouped block must be permuted alike", where=block.name)
         return features[piece[:, None, None], (rows % out)[:, :, None], (cols % into)[:, None, :]]
 

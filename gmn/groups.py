@@ -64,9 +64,13 @@ class KeepMask:
             PruningError: if the size differs, coupled channels differ, a frozen node goes or a layer is emptied.
         """
         if len(self.keep) != spec.num_nodes:
-            raise PruningError("the mask is for another network", expected=f"{spec.num_nodes} nodes", got=str(len(self.keep)))
+            raise PruningError(
+                "the mask is for another network", expected=f"{spec.num_nodes} nodes", got=str(len(self.keep))
+            )
         kept = torch.zeros(coupled.num_channels, dtype=torch.int64).index_add_(0, coupled.channel, self.keep.long())
-        if not torch.equal(kept[coupled.channel][self.keep], torch.bincount(coupled.channel)[coupled.channel][self.keep]):
+        if not torch.equal(
+            kept[coupled.channel][self.keep], torch.bincount(coupled.channel)[coupled.channel][self.keep]
+        ):
             raise PruningError("the mask separates channels that are coupled")
         if not bool(self.keep[coupled.nodes(~coupled.prunable)].all()):
             raise PruningError("the mask removes channels that must stay")
@@ -132,9 +136,7 @@ def _groups(spec: GraphSpec, channel: Tensor, channels: int) -> Tensor:
     weights = parametric(spec)
     made = {block.dst for index, block in enumerate(spec.blocks) if index in weights and block.form != "diagonal"}
     made |= {(group.start, group.size) for group in spec.groups if group.kind in ("input", "opaque")}
-    pairs = [
-        torch.stack([channel[start].expand(size), channel[start : start + size]]) for start, size in sorted(made)
-    ]
+    pairs = [torch.stack([channel[start].expand(size), channel[start : start + size]]) for start, size in sorted(made)]
     return _components(channels, torch.cat(pairs, dim=1)).unique(return_inverse=True)[1]
 
 
@@ -148,9 +150,15 @@ def _frozen(spec: GraphSpec, channel: Tensor, group: Tensor) -> dict[int, str]:
     ranges = list(spec.frozen)
     for index, block in enumerate(spec.blocks):
         if block.form == "grouped":
-            ranges += [(block.src, f"grouped convolution {block.name}"), (block.dst, f"grouped convolution {block.name}")]
+            ranges += [
+                (block.src, f"grouped convolution {block.name}"),
+                (block.dst, f"grouped convolution {block.name}"),
+            ]
         if index not in weights and _is_padded(spec, block):
-            ranges += [(block.src, f"zero-padded shortcut {block.name}"), (block.dst, f"zero-padded shortcut {block.name}")]
+            ranges += [
+                (block.src, f"zero-padded shortcut {block.name}"),
+                (block.dst, f"zero-padded shortcut {block.name}"),
+            ]
     frozen: dict[int, str] = {}
     for (start, size), reason in ranges:
         for g in group[channel[start : start + size]].unique().tolist():
@@ -161,5 +169,7 @@ def _frozen(spec: GraphSpec, channel: Tensor, group: Tensor) -> dict[int, str]:
 def _is_padded(spec: GraphSpec, block: EdgeBlock) -> bool:
     """An identity into only some channels of a sum: the code pads with zeros, by a number that no weight tells."""
     target = _owner(spec, block.dst[0])
-    covered = sum(b.dst[1] for b in spec.blocks if b.name == block.name and target.start <= b.dst[0] < target.start + target.size)
+    covered = sum(
+        b.dst[1] for b in spec.blocks if b.name == block.name and target.start <= b.dst[0] < target.start + target.size
+    )
     return block.src[1] != block.dst[1] or covered < target.size

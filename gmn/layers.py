@@ -48,7 +48,9 @@ class MessageLayer(nn.Module):
         signs = torch.cat([torch.ones(hidden // 2), -torch.ones(hidden - hidden // 2)])
         self.register_buffer("inv", signs, persistent=False)
 
-    def forward(self, nodes: Tensor, edges: Sequence[Tensor], blocks: Sequence[EdgeBlock]) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, nodes: Tensor, edges: Sequence[Tensor], blocks: Sequence[EdgeBlock]
+    ) -> tuple[Tensor, list[Tensor]]:
         """[N, H] and one [G, O, I, H] per block, to the same."""
         nodes = self.norm(nodes)
         factor, sent = self.receive(nodes), self.send(nodes)
@@ -66,11 +68,11 @@ class Moments(NamedTuple):
     squares: Tensor
     high: Tensor
     low: Tensor
-    count: Tensor
+    degree: Tensor
 
     def statistics(self, factor: Tensor) -> Tensor:
         """[N, 4H]: mean, std, max, min of factor * message; 0 for a node without messages."""
-        count = self.count.clamp(min=1)[:, None]
+        count = self.degree.clamp(min=1)[:, None]
         mean = factor * self.total / count
         var = factor * factor * self.squares / count - mean * mean
         std = var.clamp(min=VAR_FLOOR).sqrt()
@@ -121,5 +123,5 @@ def _combine(messages: list[Tensor], axis: int, ranges: list[tuple[int, int]], n
         squares=empty.index_add(0, index, flat([(m * m).sum(axis) for m in messages])),
         high=empty.scatter_reduce(0, rows, flat([m.amax(axis) for m in messages]), "amax", include_self=False),
         low=empty.scatter_reduce(0, rows, flat([m.amin(axis) for m in messages]), "amin", include_self=False),
-        count=empty[:, 0].index_add(0, index, torch.cat(sizes)),
+        degree=empty[:, 0].index_add(0, index, torch.cat(sizes)),
     )

@@ -28,7 +28,9 @@ class PygMessagePassing(MessagePassing):
         result: Tensor = self.propagate(edge_index, factor=factor, sent=sent, edge_attr=edge_attr, size=size)
         return result
 
-    def message(self, factor_i: Tensor, sent_j: Tensor, edge_attr: Tensor) -> Tensor:
+    def message(  # pyright: ignore[reportIncompatibleMethodOverride] (PyTorch Geometric passes arguments by name)
+        self, factor_i: Tensor, sent_j: Tensor, edge_attr: Tensor
+    ) -> Tensor:
         """[E, H]."""
         return factor_i * sent_j * edge_attr
 

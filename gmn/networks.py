@@ -85,9 +85,7 @@ def build_network(
     Linear(in_features=64, out_features=10, bias=True)
     """
     if num_classes < 1 or in_channels < 1:
-        raise NetworkError(
-            "a network needs classes and channels", got=f"{num_classes} classes, {in_channels} channels"
-        )
+        raise NetworkError("a network needs classes and channels", got=f"{num_classes} classes, {in_channels} channels")
     constructor, arguments = _constructor(name, num_classes, in_channels)
     try:
         model = constructor(**{**arguments, **(options or {})})
@@ -132,9 +130,7 @@ def _torchvision(name: str, member: str, in_channels: int) -> Callable[..., nn.M
         raise _unknown(name, names)
     if in_channels != 3:
         hint = "take the network from timm"
-        raise NetworkError(
-            "torchvision networks take 3 channels", got=str(in_channels), where=name, hint=hint
-        )
+        raise NetworkError("torchvision networks take 3 channels", got=str(in_channels), where=name, hint=hint)
     return lambda **options: models.get_model(member, weights=None, **options)
 
 
@@ -161,9 +157,7 @@ def _timm_names() -> list[str]:
 def _unknown(name: str, valid: list[str]) -> NetworkError:
     families = "cifar.*, torchvision.*, timm.* or package.module:function"
     without_family = [v for v in valid if v.partition(".")[2] == name]
-    hint = (
-        f"did you mean {' or '.join(map(repr, without_family))}?" if without_family else nearest(name, valid)
-    )
+    hint = f"did you mean {' or '.join(map(repr, without_family))}?" if without_family else nearest(name, valid)
     return NetworkError("unknown network", expected=families, got=repr(name), hint=hint)
 
 
@@ -218,9 +212,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise CheckpointError(
-                "not a state dict", expected="tensors", got=f"{kind} at {name!r}", where=str(path)
-            )
+            raise CheckpointError("not a state dict", expected="tensors", got=f"{kind} at {name!r}", where=str(path))
     prefix = "module." if all(name.startswith("module.") for name in content) else ""
     return {name.removeprefix(prefix): value for name, value in content.items()}
 

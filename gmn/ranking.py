@@ -14,28 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gmn.cost import Cost, cost
-from gmn.criteria import Criterion, Importance
+from gmn.criteria import Importance
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import Couplings, KeepMask, couplings
+from gmn.settings import Criterion, Prune
 from gmn.surgery import remove
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """How far and how to prune.
-
-    Attributes:
-        speed_up: FLOPs before / FLOPs after.
-        steps: The prunable channels are removed in this many steps of equal size; scores are renewed after each.
-        max_ratio: At most this share of the channels of a group goes.
-        criterion: How channels are scored.
-    """
-
-    speed_up: float = 2.0
-    steps: int = 200
-    max_ratio: float = 0.9
-    criterion: Criterion = Criterion()
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,15 @@ class Pruned:
         return self.before.flops / self.after.flops
 
 
-def prune_to(model: nn.Module, graph: NetworkGraph, example_inputs: Any, config: PruneConfig) -> Pruned:
+def prune_to(
+    model: nn.Module,
+    graph: NetworkGraph,
+    example_inputs: Any,
+    config: Prune,
+    criterion: Criterion | None = None,
+    *,
+    before: Cost | None = None,
+) -> Pruned:
     """Remove the lowest channels until the network is `config.speed_up` times cheaper.
 
     Args:
@@ -61,13 +53,21 @@ def prune_to(model: nn.Module, graph: NetworkGraph, example_inputs: Any, config:
         graph: Its graph (only the structure is used).
         example_inputs: For counting FLOPs and for the proof run.
         config: Target and limits.
+        criterion: How channels are scored.
+        before: The cost that the speed-up counts from; default: the model's own.
 
     Raises:
         PruningError: if nothing can be pruned or the target is out of reach; the message says which limit stops it.
     """
+    before = before or cost(model, example_inputs)
+    if before.flops / cost(model, example_inputs).flops >= config.speed_up:
+        raise PruningError(
+            "the network is at the target already",
+            expected=f"a target above {before.flops / cost(model, example_inputs).flops:.2f}x",
+            got=f"{config.speed_up:g}x",
+        )
     coupled = couplings(graph.spec)
-    masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, config))
-    before = cost(model, example_inputs)
+    masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, config, criterion))
     cut = lambda mask: remove(model, graph.spec, mask, example_inputs, coupled=coupled)  # noqa: E731
     low, high = 0, len(masks)
     best: Pruned | None = None
@@ -80,15 +80,20 @@ def prune_to(model: nn.Module, graph: NetworkGraph, example_inputs: Any, config:
         else:
             low = middle + 1
     if best is None:
-        raise _out_of_reach(model, graph.spec, coupled, masks, before, config, example_inputs)
+        smallest = cost(cut(masks[-1]), example_inputs) if masks else None
+        raise _out_of_reach(coupled, config, before, smallest)
     return best
 
 
 def mask_steps(
-    state: dict[str, Tensor], spec: GraphSpec, coupled: Couplings, config: PruneConfig
+    state: dict[str, Tensor],
+    spec: GraphSpec,
+    coupled: Couplings,
+    config: Prune,
+    criterion: Criterion | None = None,
 ) -> Iterator[KeepMask]:
     """Masks with fewer and fewer channels, one per step, until every group is at its limit."""
-    importance = Importance(spec, coupled, config.criterion)
+    importance = Importance(spec, coupled, criterion)
     energies = {name: energy.detach().cpu() for name, energy in importance.energies(state).items()}
     keep = torch.ones(coupled.num_channels, dtype=torch.bool)
     step = max(1, round(int(coupled.prunable.sum()) / config.steps))
@@ -131,22 +136,13 @@ def _zero(energies: dict[str, Tensor], importance: Importance, keep: Tensor) -> 
         energy.masked_fill_(drop, 0.0)
 
 
-def _out_of_reach(
-    model: nn.Module,
-    spec: GraphSpec,
-    coupled: Couplings,
-    masks: list[KeepMask],
-    before: Cost,
-    config: PruneConfig,
-    example_inputs: Any,
-) -> PruningError:
-    reasons = sorted(set(coupled.frozen.values()))
-    if not masks:
-        return PruningError("nothing can be pruned", hint=f"all channels must stay: {'; '.join(reasons)}")
-    smallest = cost(remove(model, spec, masks[-1], example_inputs, coupled=coupled), example_inputs)
+def _out_of_reach(coupled: Couplings, config: Prune, before: Cost, smallest: Cost | None) -> PruningError:
+    whole = "; ".join(sorted(set(coupled.frozen.values())))
+    if smallest is None:
+        return PruningError("nothing can be pruned", hint=f"all channels must stay: {whole}")
     return PruningError(
         "the target speed-up is out of reach",
         expected=f"{config.speed_up:g}x",
-        got=f"at most {before.flops / smallest.flops:.2f}x with max_ratio {config.max_ratio:g}",
-        hint=f"raise prune.max_ratio or lower prune.speed_up; these stay whole: {'; '.join(reasons)}",
+        got=f"at most {before.flops / smallest.flops:.2f}x with prune.max_ratio {config.max_ratio:g}",
+        hint=f"raise prune.max_ratio or lower prune.speed_up; these stay whole: {whole}",
     )

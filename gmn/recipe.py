@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gmn.errors import RecipeError
-from gmn.recipe_schema import Recipe
+from gmn.settings import Recipe
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -95,9 +95,7 @@ def _find(source: str) -> tuple[str, str, str]:
     else:
         near = difflib.get_close_matches(source.removesuffix(".yaml"), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else None
-        raise RecipeError(
-            f"no recipe {source!r}", expected=f"a file, or one of {', '.join(names)}", hint=hint
-        )
+        raise RecipeError(f"no recipe {source!r}", expected=f"a file, or one of {', '.join(names)}", hint=hint)
     try:
         text = place.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

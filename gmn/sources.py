@@ -74,9 +74,7 @@ def open_image(item: Item) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         raise DataError("unreadable image", got=f"{problem}", where=where) from problem
     if image.mode not in GREY_MODES | COLOUR_MODES:  # converting these would clip their values silently
-        raise DataError(
-            "unreadable image", expected="8 bits per channel", got=f"mode {image.mode}", where=where
-        )
+        raise DataError("unreadable image", expected="8 bits per channel", got=f"mode {image.mode}", where=where)
     return image
 
 
@@ -224,13 +222,8 @@ def read_cifar(kind: str, request: Request) -> Source:
     from torchvision import datasets
 
     root, reader = _root(request), getattr(datasets, kind)
-    sets = [
-        _torchvision(lambda t=t: reader(root, train=t, download=request.download), root)
-        for t in (True, False)
-    ]
-    parts = [
-        Part(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets
-    ]
+    sets = [_torchvision(lambda t=t: reader(root, train=t, download=request.download), root) for t in (True, False)]
+    parts = [Part(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets]
     return Source(*parts, class_names=tuple(sets[0].classes))
 
 
@@ -240,9 +233,7 @@ def read_svhn(request: Request) -> Source:
 
     root = _root(request)
     splits = ("train", "test")
-    sets = [
-        _torchvision(lambda s=s: datasets.SVHN(str(root), s, download=request.download), root) for s in splits
-    ]
+    sets = [_torchvision(lambda s=s: datasets.SVHN(str(root), s, download=request.download), root) for s in splits]
     parts = [Part(torch.from_numpy(s.data), torch.from_numpy(s.labels).long()) for s in sets]
     return Source(*parts, class_names=tuple("0123456789"))
 
@@ -270,9 +261,7 @@ def _idx(root: Path, name: str) -> Tensor:
             shape = np.frombuffer(content, ">i4", count=content[3], offset=4).tolist()
             values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
             return torch.from_numpy(values.reshape(shape).copy())
-    raise DataError(
-        "missing file", expected=f"{name} or {name}.gz", where=str(root), hint="or set `download`"
-    )
+    raise DataError("missing file", expected=f"{name} or {name}.gz", where=str(root), hint="or set `download`")
 
 
 def read_imagenet(request: Request) -> Source:
@@ -290,9 +279,7 @@ def read_imagefolder(request: Request) -> Source:
     root = _root(request)
     folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     if "train" not in folders or len(folders) < 2:
-        raise DataError(
-            "missing folder", expected="train, and test or val", got=str(list(folders)), where=str(root)
-        )
+        raise DataError("missing folder", expected="train, and test or val", got=str(list(folders)), where=str(root))
     names = tuple(sorted(path.name for path in folders["train"].iterdir() if path.is_dir()))
     parts = {name: _folder_part(folder, names) for name, folder in folders.items()}
     test = parts.pop("test") if "test" in parts else parts.pop("val")
@@ -330,9 +317,7 @@ def _parquet_part(patterns: str | Sequence[str], request: Request) -> tuple[Part
             schema = pq.read_schema(path)
             for column in (request.image, request.label):
                 if column not in schema.names:
-                    raise DataError(
-                        "missing column", expected=repr(column), got=str(schema.names), where=str(path)
-                    )
+                    raise DataError("missing column", expected=repr(column), got=str(schema.names), where=str(path))
             table = pq.read_table(path, columns=[request.image, request.label])
         except (pa.ArrowException, OSError) as problem:
             raise DataError("cannot read the parquet file", got=str(problem), where=str(path)) from problem
@@ -405,9 +390,7 @@ def _returned_part(part: Any, where: str) -> Part:
             raise DataError("images and labels do not match", got=got, where=where)
         return Part(part[0], part[1].long())
     if not isinstance(part, Dataset):
-        raise DataError(
-            "not a part", expected="a Dataset or (images, labels)", got=type(part).__name__, where=where
-        )
+        raise DataError("not a part", expected="a Dataset or (images, labels)", got=type(part).__name__, where=where)
     count = len(cast(Any, part))  # a map-style Dataset: its base class declares no length
     images, labels = zip(*(part[i] for i in range(count)), strict=True) if count else ((), ())
     return Part([_pixels(image, where) for image in images], torch.tensor([int(label) for label in labels]))

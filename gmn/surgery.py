@@ -55,7 +55,9 @@ def remove(
         inputs.setdefault(slot.param, []).append(slot)
     for param, slots in inputs.items():
         _cut_layer(modules, param, sorted(slots, key=lambda slot: slot.inputs[0]), spec, mask.keep)
-    for norm, nodes in {s.param.rpartition(".")[0]: s.nodes for s in spec.node_slots if spec.columns[s.column] != "bias"}.items():
+    for norm, nodes in {
+        s.param.rpartition(".")[0]: s.nodes for s in spec.node_slots if spec.columns[s.column] != "bias"
+    }.items():
         if isinstance(modules[norm], _NORMS):
             _cut(tp.prune_batchnorm_out_channels, modules[norm], ~mask.keep[nodes[0] : sum(nodes)])
     _prove(smaller, example_inputs)

@@ -88,7 +88,9 @@ def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], 
                 got=f"input shape {shapes}",
                 hint=str(error).strip().split("\n")[0],
             ) from error
-    outputs = [recorder.refs[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor) and id(t) in recorder.refs]
+    outputs = [
+        recorder.refs[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor) and id(t) in recorder.refs
+    ]
     return Trace(tuple(recorder.ops), recorder.shapes, inputs, tuple(outputs), recorder.params)
 
 
@@ -130,7 +132,11 @@ class _Recorder(TorchFunctionMode):
         self.ops.append(Op(name, func, self.scope[-1], args, kwargs, outputs))
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if self.paused:

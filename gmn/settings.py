@@ -40,15 +40,9 @@ class Data(Section):
     image: str = Field(default="img", description="parquet column of the image")
     label: str = Field(default="label", description="parquet column of the class")
     validation: float = Field(default=0.1, gt=0, lt=1, description="share of images held out to choose with")
-    validation_from: Literal["train", "test"] = Field(
-        default="train", description="images the held-out share is of"
-    )
-    mean: list[float] | None = Field(
-        default=None, description="per channel, subtracted; null: the data set's own"
-    )
-    std: list[float] | None = Field(
-        default=None, description="per channel, divided by; null: the data set's own"
-    )
+    validation_from: Literal["train", "test"] = Field(default="train", description="images the held-out share is of")
+    mean: list[float] | None = Field(default=None, description="per channel, subtracted; null: the data set's own")
+    std: list[float] | None = Field(default=None, description="per channel, divided by; null: the data set's own")
     limit: int | None = Field(default=None, ge=1, description="use at most so many images of each split")
     size: int | None = Field(default=None, ge=1, description="scale images to so many pixels a side")
     augment: Augment = Field(default_factory=Augment, description="random changes of the training images")
@@ -95,9 +89,7 @@ class Fit(Section):
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor at a milestone")
     batch_size: int = Field(default=128, ge=1, description="images per step")
     images_per_epoch: int | None = Field(default=None, ge=1, description="shorter epochs; null: all images")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the target spread over all classes"
-    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
     bf16: bool = Field(default=False, description="forward pass in bfloat16")
 
     @model_validator(mode="after")
@@ -110,9 +102,7 @@ class DataModels(Section):
     """The networks that the metanetwork learns on."""
 
     train: int = Field(default=1, ge=1, description="networks to learn on")
-    val: int = Field(
-        default=0, ge=0, description="held-out networks that choose the checkpoint; 0: the train ones"
-    )
+    val: int = Field(default=0, ge=0, description="held-out networks that choose the checkpoint; 0: the train ones")
     fit: Fit | None = Field(default=None, description="their training; null: network.weights as they are")
     initial_speed_up: float = Field(default=1.0, ge=1, description="pruning before all else; 1: none")
     initial_fit: Fit | None = Field(default=None, description="fine-tuning after the initial pruning")
@@ -140,9 +130,7 @@ class MetaNetwork(Section):
     node_ratio: float = Field(default=0.05, gt=0, description="alpha: scale of the change to node features")
     edge_ratio: float = Field(default=0.05, gt=0, description="beta: scale of the change to edge features")
     zero_init: bool = Field(default=True, description="start as the identity")
-    backend: Literal["blocks", "pyg"] = Field(
-        default="blocks", description="dense blocks, or torch-geometric"
-    )
+    backend: Literal["blocks", "pyg"] = Field(default="blocks", description="dense blocks, or torch-geometric")
 
 
 class MetaTrain(Section):
@@ -154,14 +142,10 @@ class MetaTrain(Section):
     batches: int = Field(default=1, ge=1, description="mini-batches per step")
     lr: float = Field(default=1e-3, gt=0, description="learning rate of AdamW")
     weight_decay: float = Field(default=5e-4, ge=0, description="weight decay")
-    milestones: list[Positive] = Field(
-        default_factory=list, description="epochs at which lr is multiplied by gamma"
-    )
+    milestones: list[Positive] = Field(default_factory=list, description="epochs at which lr is multiplied by gamma")
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor at a milestone")
     pruner_reg: float = Field(default=10.0, ge=0, description="weight of the sparsity loss")
-    scale_invariant: bool = Field(
-        default=True, description="differentiate the normaliser too; the paper: false"
-    )
+    scale_invariant: bool = Field(default=True, description="differentiate the normaliser too; the paper: false")
     bf16: bool = Field(default=False, description="forward pass of the new network in bfloat16")
 
     @model_validator(mode="after")
@@ -184,9 +168,7 @@ class Prune(Section):
 
     speed_up: float = Field(default=2.0, gt=1, description="FLOPs before / FLOPs after")
     steps: int = Field(default=100, ge=1, description="small steps to the target")
-    max_ratio: float = Field(
-        default=0.9, gt=0, lt=1, description="at most this share of a layer's channels goes"
-    )
+    max_ratio: float = Field(default=0.9, gt=0, lt=1, description="at most this share of a layer's channels goes")
     recalibrate: int = Field(
         default=0,
         ge=0,
@@ -240,8 +222,7 @@ class Recipe(Section):
     def _something_trains(self) -> Recipe:
         if self.data_models.fit is None and not self.network.may_be_trained:
             raise ValueError(
-                "nothing trains the network: give trained weights in network.weights,"
-                " or a training in data_models.fit"
+                "nothing trains the network: give trained weights in network.weights, or a training in data_models.fit"
             )
         return self
 
