@@ -18,7 +18,6 @@ from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock, GraphSpec, NetworkGraph
 from gmn.groups import parametric
 from gmn.layers import MessageLayer
-from gmn.layers_pyg import forward_pyg
 
 WIDE = 256  # from this many features on an edge encoder has a layer in between, as for 16x16 patch embeddings
 
@@ -92,6 +91,8 @@ class MetaNetwork(nn.Module):
         self, layer: MessageLayer, nodes: Tensor, edges: list[Tensor], blocks: tuple[EdgeBlock, ...]
     ) -> tuple[Tensor, list[Tensor]]:
         if self.config.backend == "pyg":
+            from gmn.layers_pyg import forward_pyg  # torch-geometric takes seconds to import
+
             return forward_pyg(layer, nodes, edges, blocks)
         result: tuple[Tensor, list[Tensor]] = layer(nodes, edges, blocks)
         return result

@@ -1,0 +1,181 @@
+"""The only training loop, and the only evaluation.
+
+`run_epochs` is the loop: data models, fine-tuning and the metanetwork all train in it and differ in their `step`.
+Everything random in an epoch follows from (seed, epoch), so a resumed run sees the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import update_bn
+
+from gmn.data import Augment, Split
+from gmn.errors import TrainingError
+from gmn.progress import track
+from gmn.settings import Fit
+
+Item = TypeVar("Item")
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Share of right answers, and mean cross-entropy."""
+
+    accuracy: float
+    loss: float
+
+
+def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: int | None = None) -> Evaluation:
+    """Accuracy and loss of a network on a split, in eval mode; its modes are restored."""
+    training = model.training
+    model.eval()
+    right, loss, count = 0, 0.0, 0
+    with torch.no_grad():
+        for images, labels in split.batches(batch_size, limit=limit):
+            logits = model(images)
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(1) == labels).sum())
+            count += len(labels)
+    model.train(training)
+    return Evaluation(right / count, loss / count)
+
+
+def recalibrate(model: nn.Module, split: Split, images: int, *, seed: int = 0) -> None:
+    """Compute the running statistics of all batch norms anew from some training images, in place; 0: do nothing."""
+    if images:
+        batches = split.batches(min(250, images), generator=generator(seed, 0), limit=images)
+        update_bn((batch for batch, _ in batches), model)
+
+
+def generator(seed: int, epoch: int) -> torch.Generator:
+    """The random numbers of one epoch."""
+    return torch.Generator().manual_seed(seed * 100_003 + epoch)
+
+
+def fit(
+    model: nn.Module,
+    split: Split,
+    config: Fit,
+    *,
+    seed: int = 0,
+    augment: Augment | None = None,
+    title: str = "training",
+    log: Callable[[Metrics], None] | None = None,
+) -> None:
+    """Train a network in place with cross-entropy; it is left in eval mode.
+
+    Raises:
+        TrainingError: if the loss is NaN or infinite.
+    """
+    count = min(config.images_per_epoch or len(split), len(split))
+    size = min(config.batch_size, count)
+    device_type = split.labels.device.type
+
+    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return split.batches(size, generator=generator(seed, epoch), augment=augment, limit=count, drop_last=True)
+
+    def step(batch: tuple[Tensor, Tensor]) -> Metrics:
+        images, labels = batch
+        # autocast around the forward only: around a whole loop it would keep stale bf16 copies of the weights
+        with torch.autocast(device_type, torch.bfloat16, enabled=config.bf16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        loss.backward()
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        return {"loss": loss.item(), "accuracy": accuracy.item()}
+
+    model.train()
+    steps = count // size
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, steps)
+    run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
+    model.eval()
+
+
+def run_epochs(
+    epochs: int,
+    steps: int,
+    batches: Callable[[int], Iterable[Item]],
+    step: Callable[[Item], Metrics],
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    *,
+    seed: int,
+    title: str,
+    start: int = 0,
+    log: Callable[[Metrics], None] | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+) -> None:
+    """The loop: `step` leaves gradients, the optimizer takes them; `after_epoch` may save what it likes.
+
+    Args:
+        epochs, steps: Number of epochs, and of steps in each.
+        batches: What an epoch consists of.
+        step: Computes the gradients of one step and returns its metrics.
+        start: First epoch, when a run is resumed.
+        log: Gets the mean metrics of each epoch.
+
+    Raises:
+        TrainingError: if the loss is NaN or infinite.
+    """
+    with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
+        for epoch in range(start, epochs):
+            torch.manual_seed(seed * 100_003 + epoch)  # dropout and the like
+            sums: dict[str, float] = defaultdict(float)
+            for item in batches(epoch):
+                optimizer.zero_grad(set_to_none=True)
+                metrics = step(item)
+                _refuse_non_finite(metrics, title, epoch)
+                optimizer.step()
+                schedule.step()
+                for key, value in metrics.items():
+                    sums[key] += value / steps
+                advance(", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
+            if log:
+                log({"epoch": epoch + 1, **sums})
+            if after_epoch:
+                after_epoch(epoch)
+
+
+def make_optimizer(model: nn.Module, config: Any) -> Optimizer:
+    """SGD with momentum or AdamW over all trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if getattr(config, "optimizer", "adamw") == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def make_schedule(optimizer: Optimizer, config: Any, steps: int, *, done: int = 0) -> LambdaLR:
+    """The learning rate per step: gamma at each milestone (epochs), or half a cosine; `done` steps lie behind."""
+    cosine = getattr(config, "schedule", "multistep") == "cosine"
+
+    def factor(index: int) -> float:
+        if cosine:
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, index / (config.epochs * steps))))
+        return float(config.gamma ** sum(index >= milestone * steps for milestone in config.milestones))
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.lr
+    return LambdaLR(optimizer, factor, last_epoch=done - 1)
+
+
+def _refuse_non_finite(metrics: Metrics, title: str, epoch: int) -> None:
+    bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"{title}: {bad[0]} is not finite",
+            got=str(metrics[bad[0]]),
+            where=f"epoch {epoch + 1}",
+            hint="lower the learning rate",
+        )

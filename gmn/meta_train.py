@@ -1,0 +1,155 @@
+"""Meta-training: the metanetwork learns to make networks easy to prune (GMN, section 3.2 and SPEC of its step).
+
+One step: pick a data model; network -> graph -> metanetwork -> graph -> new parameters; accuracy loss over a big
+batch plus sparsity loss on the new parameters. The metanetwork runs forward and backward once per step, however many
+mini-batches there are: the gradients with respect to the new parameters are summed first (equal by linearity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from gmn.criteria import Importance
+from gmn.data import Augment, Split
+from gmn.fit import Metrics, generator, make_optimizer, make_schedule, run_epochs
+from gmn.graph import NetworkGraph
+from gmn.metanetwork import MetaNetwork
+from gmn.settings import MetaTrain
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DataModel:
+    """A network to learn on, with what stays the same over all steps: its graph and the scores' bookkeeping."""
+
+    model: nn.Module
+    graph: NetworkGraph
+    importance: Importance
+
+
+def meta_step(
+    metanetwork: MetaNetwork,
+    subject: DataModel,
+    batches: Sequence[Batch],
+    *,
+    pruner_reg: float,
+    scale_invariant: bool = False,
+    bf16: bool = False,
+) -> Metrics:
+    """Leave the gradient of (accuracy loss + pruner_reg * sparsity loss) in the metanetwork's parameters.
+
+    Args:
+        metanetwork: Rewrites the data model's weights.
+        subject: The data model; its batch norms use their own running statistics (eval mode).
+        batches: The big batch as mini-batches of normalised images and labels.
+        pruner_reg: Weight of the sparsity loss.
+        scale_invariant: Differentiate the normaliser of the sparsity loss too.
+
+    Returns:
+        Losses, accuracy, and the norms of both gradients with respect to the new parameters.
+    """
+    new = metanetwork(subject.graph).to_state_dict()
+    leaves = {name: value.detach().requires_grad_() for name, value in new.items()}
+    metrics = _accuracy_gradient(subject.model, leaves, batches, bf16)
+    accuracy_gradient = {name: leaf.grad for name, leaf in leaves.items()}
+    sparsity = subject.importance.sparsity_loss(leaves, scale_invariant=scale_invariant)
+    sparsity_gradient = torch.autograd.grad(pruner_reg * sparsity, list(leaves.values()), allow_unused=True)
+    total = []
+    for leaf, gradient in zip(leaves.values(), sparsity_gradient, strict=True):
+        parts = [part for part in (leaf.grad, gradient) if part is not None]
+        total.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(leaf))
+    torch.autograd.backward(list(new.values()), total)
+    return metrics | {
+        "sparsity": sparsity.item(),
+        "accuracy_gradient": _norm(accuracy_gradient.values()),
+        "sparsity_gradient": _norm(sparsity_gradient),
+    }
+
+
+def _accuracy_gradient(model: nn.Module, leaves: dict[str, Tensor], batches: Sequence[Batch], bf16: bool) -> Metrics:
+    """Sum the gradients of the mean cross-entropy over the mini-batches in the leaves."""
+    images = sum(len(labels) for _, labels in batches)
+    loss, right = 0.0, 0
+    for inputs, labels in batches:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+            logits = functional_call(model, leaves, (inputs,))
+        part = F.cross_entropy(logits.float(), labels, reduction="sum") / images
+        part.backward()
+        loss += part.item()
+        right += int((logits.detach().argmax(1) == labels).sum())
+    return {"loss": loss, "accuracy": right / images}
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> float:
+    return float(sum((g.double() ** 2).sum() for g in gradients if g is not None) ** 0.5)
+
+
+def train_metanetwork(
+    metanetwork: MetaNetwork,
+    subjects: Sequence[DataModel],
+    split: Split,
+    config: MetaTrain,
+    *,
+    seed: int = 0,
+    augment: Augment | None = None,
+    start: int = 0,
+    optimizer: Optimizer | None = None,
+    log: Callable[[Metrics], None] | None = None,
+    after_epoch: Callable[[int, Optimizer], None] | None = None,
+) -> None:
+    """Train a metanetwork in place: `config.epochs` epochs of `config.steps_per_epoch` steps.
+
+    Args:
+        subjects: The data models; each step draws one of them.
+        split: The training images.
+        start, optimizer: First epoch and restored optimizer, when a run is resumed.
+        after_epoch: Called with the epoch and the optimizer, to save a checkpoint.
+    """
+    for subject in subjects:
+        subject.model.eval()
+    optimizer = optimizer or make_optimizer(metanetwork, config)
+    schedule = make_schedule(optimizer, config, config.steps_per_epoch, done=start * config.steps_per_epoch)
+
+    def batches(epoch: int) -> Iterator[tuple[DataModel, list[Batch]]]:
+        rng = generator(seed, epoch)
+        stream = _endless(split, config.batch_size, rng, augment)
+        for _ in range(config.steps_per_epoch):
+            subject = subjects[int(torch.randint(len(subjects), (), generator=rng))]
+            yield subject, [next(stream) for _ in range(config.batches)]
+
+    def step(item: tuple[DataModel, list[Batch]]) -> Metrics:
+        return meta_step(
+            metanetwork,
+            *item,
+            pruner_reg=config.pruner_reg,
+            scale_invariant=config.scale_invariant,
+            bf16=config.bf16,
+        )
+
+    save = None if after_epoch is None else lambda epoch: after_epoch(epoch, optimizer)
+    run_epochs(
+        config.epochs,
+        config.steps_per_epoch,
+        batches,
+        step,
+        optimizer,
+        schedule,
+        seed=seed,
+        title="meta-training",
+        start=start,
+        log=log,
+        after_epoch=save,
+    )
+
+
+def _endless(split: Split, size: int, rng: torch.Generator, augment: Augment | None) -> Iterator[Batch]:
+    while True:
+        yield from split.batches(min(size, len(split)), generator=rng, augment=augment, drop_last=True)

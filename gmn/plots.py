@@ -1,0 +1,74 @@
+"""Pictures of a run: accuracy against speed-up, the finished networks, and the course of meta-training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.ticker
+
+COLOURS = {"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"}
+CURVES = {"with metanetwork": COLOURS["metanetwork"], "without": COLOURS["same-schedule"]}
+
+
+def draw(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw all plots of a report as PNG; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [curve(report, folder / "curve.png"), accuracy(report, folder / "accuracy.png")]
+    if report["meta_train"]:
+        paths.append(meta_training(report, folder / "meta-training.png"))
+    return paths
+
+
+def curve(report: dict[str, Any], path: Path) -> Path:
+    """Validation accuracy against speed-up before fine-tuning: how easy the network is to prune."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in report["curve"].items():
+        axes.plot(*zip(*points, strict=True), marker="o", color=CURVES[name], label=name)
+    axes.axvline(report["speed_up"], color="0.7", linestyle="--", label=f"target {report['speed_up']:g}x")
+    axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
+    axes.set_title(f"{report['recipe']}: pruned, not yet fine-tuned")
+    axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([1, 1.5, 2, 3, 4, 6, 8, 12, 16]))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
+    return _finish(figure, axes, path)
+
+
+def accuracy(report: dict[str, Any], path: Path) -> Path:
+    """Test accuracy of every finished network against its FLOPs, a point per seed."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.scatter(report["base"]["flops"], report["base"]["test_accuracy"], color=COLOURS["base"], label="base")
+    for row in dict.fromkeys(result["row"] for result in report["results"]):
+        points = [(r["flops"], r["test_accuracy"]) for r in report["results"] if r["row"] == row]
+        axes.scatter(*zip(*points, strict=True), color=COLOURS[row], label=row)
+    axes.set(xlabel="FLOPs (multiply-adds)", ylabel="test accuracy", title=f"{report['recipe']}: finished networks")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    return _finish(figure, axes, path)
+
+
+def meta_training(report: dict[str, Any], path: Path) -> Path:
+    """Losses, and the norms of the two gradients, by epoch."""
+    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    epochs = [entry["epoch"] for entry in report["meta_train"]]
+    for place, keys in ((121, ("loss", "sparsity")), (122, ("accuracy_gradient", "sparsity_gradient"))):
+        axes = figure.add_subplot(place)
+        for key in keys:
+            axes.plot(epochs, [entry[key] for entry in report["meta_train"]], marker="o", label=key.replace("_", " "))
+        axes.set(xlabel="epoch", yscale="log")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{report['recipe']}: meta-training")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _finish(figure: matplotlib.figure.Figure, axes: Any, path: Path) -> Path:
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return path

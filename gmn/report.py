@@ -1,0 +1,71 @@
+"""What a run says in the end: one table on the terminal, and its plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gmn.compare import summarise
+
+TITLES = {
+    "base": "base",
+    "metanetwork": "pruned with metanetwork",
+    "same-schedule": "pruned without, same schedule",
+    "direct": "pruned without, all fine-tuning at the end",
+}
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Accuracy, cost and latency of every row."""
+    result = Table(title=f"{report['recipe']}: pruned to {report['speed_up']:g}x", caption=caption(report))
+    result.add_column("network")
+    for name in ("test accuracy %", "validation %", "FLOPs", "speed-up", "parameters", "latency ms"):
+        result.add_column(name, justify="right")
+    for entry in summarise(report):
+        spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
+        result.add_row(
+            TITLES[entry["row"]],
+            f"{100 * entry['test_accuracy']:.2f}{spread}",
+            f"{100 * entry['validation_accuracy']:.2f}",
+            human(entry["flops"]),
+            f"{entry['speed_up']:.2f}x",
+            human(entry["parameters"]),
+            f"{entry['latency']:.2f}",
+        )
+    return result
+
+
+def caption(report: dict[str, Any]) -> str:
+    """What one must know to read the table."""
+    seeds = max(entry["seeds"] for entry in summarise(report))
+    seen = "the metanetwork has seen this network" if report["seen"] else "a network the metanetwork never saw"
+    return (
+        f"{seen}; {report['finetune_images']:,} fine-tuning images per row; {seeds} seed{'s' * (seeds > 1)}; "
+        f"chosen on {report['validation_images']:,} validation images, {report['test_images']:,} test images read "
+        "once; a multiply-add is one FLOP; latency: median of interleaved batches"
+    )
+
+
+def human(value: float) -> str:
+    """A number as people read it.
+
+    >>> human(41_216_000), human(950), human(1.2e9)
+    ('41.2 M', '950', '1.2 G')
+    """
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.1f} {name}"
+    return f"{value:.0f}"
+
+
+def show(report: dict[str, Any], folder: Path, console: Console | None = None) -> None:
+    """Print the table and draw the plots."""
+    from gmn.plots import draw  # matplotlib takes a second to import
+
+    console = console or Console()
+    console.print(table(report))
+    paths = draw(report, folder / "plots")
+    console.print("plots: " + ", ".join(str(path) for path in paths), soft_wrap=True, highlight=False)

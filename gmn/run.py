@@ -1,0 +1,130 @@
+"""A run folder: everything a run was told, everything it measured, everything it made.
+
+recipe.yaml        the resolved recipe          metrics.jsonl    what was measured, a line each
+environment.json   versions, machine            checkpoints/     metanetworks, one per epoch
+data-models/ models/                            networks, each `model.json` and `weights.safetensors`
+metanetwork.safetensors                         the chosen metanetwork
+report.json  plots/                             what `gmn report` shows
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gmn.checkpoint import load_json, save_json, write_atomic
+from gmn.errors import CheckpointError, GmnError
+
+PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        folder: Where it is.
+        recipe: Text of the resolved recipe.
+        resume: Go on with what the folder holds; its recipe must be the same.
+        overwrite: Delete what the folder holds, if it is a run folder.
+
+    Raises:
+        GmnError: if the folder exists and neither was asked for, or the recipe differs.
+    """
+
+    def __init__(self, folder: Path, recipe: str, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.folder = folder
+        started = (folder / "recipe.yaml").is_file()
+        if folder.exists() and not started and any(folder.iterdir()):
+            raise GmnError(
+                "the folder is not a run folder, and not empty", got=str(folder), hint="give another with --run"
+            )
+        if started and overwrite:
+            shutil.rmtree(folder)
+        elif started and not resume:
+            raise GmnError(
+                "the run folder exists", got=str(folder), hint="go on with --resume, replace it with --overwrite, "
+                "or give another with --run",
+            )  # fmt: skip
+        elif started and (folder / "recipe.yaml").read_text() != recipe:
+            raise GmnError(
+                "cannot resume with another recipe", got=_first_difference(folder / "recipe.yaml", recipe),
+                where=str(folder), hint="start anew with --overwrite",
+            )  # fmt: skip
+        if not (folder / "recipe.yaml").is_file():
+            save_json(folder / "environment.json", environment())
+            write_atomic(folder / "recipe.yaml", lambda path: path.write_text(recipe) and None)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def logger(self, event: str, **labels: Any) -> Callable[[dict[str, float]], None]:
+        """A function that logs metrics under an event and fixed labels."""
+        return lambda metrics: self.log(event, **labels, **metrics)
+
+    def events(self, event: str) -> Iterator[dict[str, Any]]:
+        """The lines of one event; after a resume, the later line of the same epoch stands."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return
+        latest: dict[Any, dict[str, Any]] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the line a killed run was writing
+            if entry.get("event") == event:
+                latest[entry.get("epoch", -number)] = entry
+        yield from latest.values()
+
+
+def open_run(folder: str | Path) -> Path:
+    """The folder, if it is a run folder; CheckpointError otherwise."""
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        hint = f"did you mean {Path('runs') / folder}?" if (Path("runs") / folder / "recipe.yaml").is_file() else None
+        raise CheckpointError("not a run folder", expected="a folder with recipe.yaml", got=str(folder), hint=hint)
+    return folder
+
+
+def load_report(folder: Path) -> dict[str, Any]:
+    """The finished report of a run."""
+    if not (folder / "report.json").is_file():
+        raise CheckpointError("the run has no report yet", where=str(folder), hint="go on with it: gmn ... --resume")
+    report: dict[str, Any] = load_json(folder / "report.json")
+    return report
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without its name."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": versions,
+    }
+
+
+def _first_difference(path: Path, recipe: str) -> str:
+    old, new = path.read_text().splitlines(), recipe.splitlines()
+    pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
+    return f"'{pairs[0][1].strip()}' instead of '{pairs[0][0].strip()}'" if pairs else "other sections"
