@@ -1,4 +1,4 @@
-"""Which features nodes and edges have: one layout for every network, and those of the paper (SPEC of GMN, section 1)."""
+"""Which features nodes and edges have: one layout for every network, and those of the paper's experiments."""
 
 from __future__ import annotations
 

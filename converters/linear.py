@@ -1,4 +1,4 @@
-"""Linear layers: a node per output neuron; after a flatten, one edge holds the weights of all positions of a channel."""
+"""Linear layers: a node per output neuron; after a flatten, an edge holds the weights of all positions of a channel."""
 
 from __future__ import annotations
 

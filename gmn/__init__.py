@@ -8,27 +8,106 @@ pruned = gmn.prune(model, example_inputs, meta=meta, speed_up=2.0)
 
 from __future__ import annotations
 
-from gmn.api import Meta, Result, load, prune
-from gmn.builder import Layout
-from gmn.checkpoint import load_model, save_model
-from gmn.convert import Call, Converter, Flow, register_converter, register_function, to_graph, to_model
-from gmn.cost import cost, latency
-from gmn.criteria import Importance
-from gmn.data import Augment, Data, load_data
-from gmn.errors import GmnError
-from gmn.fit import evaluate, fit, recalibrate
-from gmn.graph import GraphSpec, NetworkGraph
-from gmn.groups import KeepMask, couplings
-from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
-from gmn.networks import build_network, load_weights
-from gmn.settings import Criterion, Fit, Prune
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gmn.api import Meta, Result, load, prune
+    from gmn.builder import Layout
+    from gmn.checkpoint import load_model, save_model
+    from gmn.convert import Call, Converter, Flow, register_converter, register_function, to_graph, to_model
+    from gmn.cost import cost, latency
+    from gmn.criteria import Importance
+    from gmn.data import Augment, Data, load_data
+    from gmn.errors import GmnError
+    from gmn.fit import evaluate, fit, recalibrate
+    from gmn.graph import GraphSpec, NetworkGraph
+    from gmn.groups import KeepMask, couplings
+    from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
+    from gmn.networks import build_network, load_weights
+    from gmn.settings import Criterion, Fit, Prune
 
 __version__ = "0.1.0"
 
 __all__ = [
-    *("Augment", "Call", "Converter", "Criterion", "Data", "Fit", "Flow", "GmnError", "GraphSpec", "Importance"),
-    *("KeepMask", "Layout", "Meta", "MetaNetwork", "MetaNetworkConfig", "NetworkGraph", "Prune", "Result"),
-    *("build_network", "cost", "couplings", "evaluate", "fit", "latency", "load", "load_data", "load_model"),
-    *("load_weights", "prune", "recalibrate", "register_converter", "register_function", "save_model"),
-    *("to_graph", "to_model"),
+    "Augment",
+    "Call",
+    "Converter",
+    "Criterion",
+    "Data",
+    "Fit",
+    "Flow",
+    "GmnError",
+    "GraphSpec",
+    "Importance",
+    "KeepMask",
+    "Layout",
+    "Meta",
+    "MetaNetwork",
+    "MetaNetworkConfig",
+    "NetworkGraph",
+    "Prune",
+    "Result",
+    "build_network",
+    "cost",
+    "couplings",
+    "evaluate",
+    "fit",
+    "latency",
+    "load",
+    "load_data",
+    "load_model",
+    "load_weights",
+    "prune",
+    "recalibrate",
+    "register_converter",
+    "register_function",
+    "save_model",
+    "to_graph",
+    "to_model",
 ]
+
+# where each name lives: loaded on first use, so that `gmn --help` need not wait for torch
+_HOMES = {
+    "Augment": "gmn.data",
+    "Call": "gmn.convert",
+    "Converter": "gmn.convert",
+    "Criterion": "gmn.settings",
+    "Data": "gmn.data",
+    "Fit": "gmn.settings",
+    "Flow": "gmn.convert",
+    "GmnError": "gmn.errors",
+    "GraphSpec": "gmn.graph",
+    "Importance": "gmn.criteria",
+    "KeepMask": "gmn.groups",
+    "Layout": "gmn.builder",
+    "Meta": "gmn.api",
+    "MetaNetwork": "gmn.metanetwork",
+    "MetaNetworkConfig": "gmn.metanetwork",
+    "NetworkGraph": "gmn.graph",
+    "Prune": "gmn.settings",
+    "Result": "gmn.api",
+    "build_network": "gmn.networks",
+    "cost": "gmn.cost",
+    "couplings": "gmn.groups",
+    "evaluate": "gmn.fit",
+    "fit": "gmn.fit",
+    "latency": "gmn.cost",
+    "load": "gmn.api",
+    "load_data": "gmn.data",
+    "load_model": "gmn.checkpoint",
+    "load_weights": "gmn.networks",
+    "prune": "gmn.api",
+    "recalibrate": "gmn.fit",
+    "register_converter": "gmn.convert",
+    "register_function": "gmn.convert",
+    "save_model": "gmn.checkpoint",
+    "to_graph": "gmn.convert",
+    "to_model": "gmn.convert",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gmn' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

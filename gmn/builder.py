@@ -201,7 +201,7 @@ class Builder:
         kernel: tuple[int, ...],
         perm: tuple[int, int, int, int] = (0, 1, 2, 3),
     ) -> None:
-        """Edges from the channels `src` to a group; `shape` and `perm` make the weight [G, O, I, K] (see `EdgeSlot`)."""
+        """Edges from the channels `src` to a group; `shape` and `perm` make the weight [G, O, I, K]: see `EdgeSlot`."""
         if bool((src == NO_NODE).any()):
             raise ConversionError("a layer reads padded channels, which have no node", where=param)
         pieces = shape[perm[0]]
@@ -236,7 +236,7 @@ class Builder:
             self.blocks.append(block)
 
     def absorb(self, branch: _Group, main: _Group) -> bool:
-        """Make the layer at the end of a residual branch end in the nodes of the main path (SPEC: a downsample).
+        """Make the layer at the end of a residual branch end in the nodes of the main path (a downsample convolution).
 
         Its norm takes the `shortcut.` columns. Returns False, and changes nothing, if they are not free.
         """

@@ -7,7 +7,9 @@
     gamma_k = 2 ** (alpha (sqrt I_max - sqrt I_k) / (sqrt I_max - sqrt I_min))
 
 gamma is a constant for the gradient. So is the normaliser in the paper, and then most of the gradient shrinks all
-channels alike; with `scale_invariant` the normaliser is differentiated and only differences between channels count.
+channels alike. With `scale_invariant` the loss is R = sum_k gamma_k I_k / mean I with the mean differentiated: scaling
+a whole group changes nothing, only differences between its channels count. (Differentiating the maximum instead
+would reward a single channel for growing.)
 """
 
 from __future__ import annotations
@@ -71,14 +73,14 @@ class Importance:
             total = total.index_add(0, member.channel.to(sample.device), norms * self._weights(member).to(sample))
         return total / self.counts.to(sample)
 
-    def normalizer(self, raw: Tensor, keep: Tensor | None = None) -> Tensor:
+    def normalizer(self, raw: Tensor, keep: Tensor | None = None, how: str | None = None) -> Tensor:
         """[channels]: NORM of the group that each channel belongs to, over the channels kept so far."""
         group = self.coupled.group.to(raw.device)
         kept = torch.ones_like(raw) if keep is None else keep.to(raw)
-        size = int(group.max()) + 1
-        if self.criterion.normalize == "none":
+        size, how = int(group.max()) + 1, how or self.criterion.normalize
+        if how == "none":
             return torch.ones_like(raw)
-        if self.criterion.normalize == "max":
+        if how == "max":
             return _reduce(raw * kept, group, "amax")[group]
         total, count = (raw.new_zeros(size).index_add(0, group, x) for x in (raw * kept, kept))
         return (total / count.clamp(min=1.0))[group]
@@ -91,10 +93,9 @@ class Importance:
     def sparsity_loss(self, state: Mapping[str, Tensor], *, scale_invariant: bool = False) -> Tensor:
         """R summed over the groups that can be pruned; a scalar, differentiable in the parameters."""
         raw = self.raw(self.energies(state))
-        norm = self.normalizer(raw).clamp(min=torch.finfo(raw.dtype).tiny)
-        prunable = self.coupled.prunable.to(raw.device)
-        terms = self.gamma(raw.detach()) * raw / (norm if scale_invariant else norm.detach())
-        return terms[prunable].sum()
+        norm = self.normalizer(raw, how="mean") if scale_invariant else self.normalizer(raw).detach()
+        terms = self.gamma(raw.detach()) * raw / norm.clamp(min=torch.finfo(raw.dtype).tiny)
+        return terms[self.coupled.prunable.to(raw.device)].sum()
 
     def gamma(self, raw: Tensor) -> Tensor:
         """[channels]: 2^0 for the strongest channel of a group to 2^alpha for the weakest; 1 where all are equal."""

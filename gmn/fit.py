@@ -100,6 +100,7 @@ def fit(
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
     run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
+    optimizer.zero_grad(set_to_none=True)
     model.eval()
 
 

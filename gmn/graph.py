@@ -254,7 +254,8 @@ class NetworkGraph:
         spec = self.spec
         kinds = ", ".join(f"{kind} ({k})" for kind, k in spec.edge_kinds.items())
         lines = [
-            f"{spec.num_nodes:,} nodes in {len(spec.groups)} groups, {spec.num_edges:,} edges in {len(spec.blocks)} blocks",
+            f"{spec.num_nodes:,} nodes in {len(spec.groups)} groups",
+            f"{spec.num_edges:,} edges in {len(spec.blocks)} blocks",
             f"node features: {', '.join(spec.columns)}",
             f"edge kinds (features): {kinds}",
             f"parameters in the graph: {len(spec.shapes)}; carried through unchanged: {len(spec.carried)}",

@@ -2,7 +2,7 @@
 
 A *channel* here is a set of nodes that must be kept or removed together: nodes joined by an identity edge (a
 residual) or by a depthwise kernel. A *group* is all channels that end in the same layers; it has one channel per
-prunable index k (SPEC of DepGraph, section 3.1). Both are read from the graph alone.
+prunable index k (DepGraph, Fang et al. 2023, section 3.1). Both are read from the graph alone.
 """
 
 from __future__ import annotations

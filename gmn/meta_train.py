@@ -1,4 +1,4 @@
-"""Meta-training: the metanetwork learns to make networks easy to prune (GMN, section 3.2 and SPEC of its step).
+"""Meta-training: the metanetwork learns to make networks easy to prune (GMN, section 3).
 
 One step: pick a data model; network -> graph -> metanetwork -> graph -> new parameters; accuracy loss over a big
 batch plus sparsity loss on the new parameters. The metanetwork runs forward and backward once per step, however many

@@ -230,14 +230,12 @@ class Job:
         return sum(accuracies) / len(accuracies)
 
     def rewrite(self, model: nn.Module, metanetwork: MetaNetwork | None, layout: Layout) -> nn.Module:
-        """Network -> graph -> metanetwork -> graph -> network, with the batch norms recalibrated."""
+        """Network -> graph -> metanetwork -> graph -> network; the batch norms keep their running statistics."""
         graph = to_graph(model, self.example, layout=layout)
         if metanetwork is not None:
             with torch.no_grad():
                 graph = metanetwork(graph)
-        new = to_model(graph)
-        recalibrate(new, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
-        return new
+        return to_model(graph)
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Advance = Callable[[str], None]
 
 WORTH_A_LINE = 1.0  # seconds; shorter tasks say nothing when the output is no terminal
+LINE_EVERY = 60.0  # seconds between the lines of a longer task
 
 console = Console(stderr=True)
 
@@ -23,6 +24,7 @@ console = Console(stderr=True)
 def track(title: str, total: int) -> Iterator[Advance]:
     """Follow a task of `total` steps; call what it yields after each step, with a short note (such as the loss)."""
     start, note = time.perf_counter(), ""
+    done, last = 0, start
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
@@ -37,8 +39,11 @@ def track(title: str, total: int) -> Iterator[Advance]:
     else:
 
         def remember(text: str = "") -> None:
-            nonlocal note
-            note = text or note
+            nonlocal note, done, last
+            note, done, now = text or note, done + 1, time.perf_counter()
+            if now - last > LINE_EVERY:
+                last, left = now, (now - start) / done * (total - done)
+                say(f"{title}: {done}/{total}, {left:.0f} s left, {note}")
 
         yield remember
     seconds = time.perf_counter() - start

@@ -12,9 +12,9 @@ from gmn.compare import summarise
 
 TITLES = {
     "base": "base",
-    "metanetwork": "pruned with metanetwork",
-    "same-schedule": "pruned without, same schedule",
-    "direct": "pruned without, all fine-tuning at the end",
+    "metanetwork": "metanetwork",
+    "same-schedule": "same schedule without",
+    "direct": "direct",
 }
 
 
@@ -22,8 +22,8 @@ def table(report: dict[str, Any]) -> Table:
     """Accuracy, cost and latency of every row."""
     result = Table(title=f"{report['recipe']}: pruned to {report['speed_up']:g}x", caption=caption(report))
     result.add_column("network")
-    for name in ("test accuracy %", "validation %", "FLOPs", "speed-up", "parameters", "latency ms"):
-        result.add_column(name, justify="right")
+    for name in ("test %", "val. %", "FLOPs", "speed-up", "params", "ms"):
+        result.add_column(name, justify="right", no_wrap=True)
     for entry in summarise(report):
         spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
         result.add_row(
@@ -43,9 +43,10 @@ def caption(report: dict[str, Any]) -> str:
     seeds = max(entry["seeds"] for entry in summarise(report))
     seen = "the metanetwork has seen this network" if report["seen"] else "a network the metanetwork never saw"
     return (
+        "direct: pruned at once, all fine-tuning after it; same schedule: without the metanetwork step; "
         f"{seen}; {report['finetune_images']:,} fine-tuning images per row; {seeds} seed{'s' * (seeds > 1)}; "
         f"chosen on {report['validation_images']:,} validation images, {report['test_images']:,} test images read "
-        "once; a multiply-add is one FLOP; latency: median of interleaved batches"
+        "once; a multiply-add is one FLOP; ms: latency per batch, median of interleaved runs"
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gmn.checkpoint import load_json, save_json, write_atomic
+from gmn.checkpoint import load_json, save_json, save_text
 from gmn.errors import CheckpointError, GmnError
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
@@ -61,7 +61,7 @@ class Run:
             )  # fmt: skip
         if not (folder / "recipe.yaml").is_file():
             save_json(folder / "environment.json", environment())
-            write_atomic(folder / "recipe.yaml", lambda path: path.write_text(recipe) and None)
+            save_text(folder / "recipe.yaml", recipe)
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
