@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from gmn.builder import Layout
     from gmn.checkpoint import load_model, save_model
     from gmn.convert import Call, Converter, Flow, register_converter, register_function, to_graph, to_model
-    from gmn.cost import cost, latency
+    from gmn.costs import cost, latency
     from gmn.criteria import Importance
     from gmn.data import Augment, Data, load_data
     from gmn.errors import GmnError
-    from gmn.fit import evaluate, fit, recalibrate
+    from gmn.training import evaluate, fit, recalibrate
     from gmn.graph import GraphSpec, NetworkGraph
     from gmn.groups import KeepMask, couplings
     from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
@@ -88,17 +88,17 @@ _HOMES = {
     "Prune": "gmn.settings",
     "Result": "gmn.api",
     "build_network": "gmn.networks",
-    "cost": "gmn.cost",
+    "cost": "gmn.costs",
     "couplings": "gmn.groups",
-    "evaluate": "gmn.fit",
-    "fit": "gmn.fit",
-    "latency": "gmn.cost",
+    "evaluate": "gmn.training",
+    "fit": "gmn.training",
+    "latency": "gmn.costs",
     "load": "gmn.api",
     "load_data": "gmn.data",
     "load_model": "gmn.checkpoint",
     "load_weights": "gmn.networks",
     "prune": "gmn.api",
-    "recalibrate": "gmn.fit",
+    "recalibrate": "gmn.training",
     "register_converter": "gmn.convert",
     "register_function": "gmn.convert",
     "save_model": "gmn.checkpoint",

@@ -12,10 +12,10 @@ from torch import nn
 from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork
 from gmn.convert import to_graph, to_model
-from gmn.cost import cost
+from gmn.costs import cost
 from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
-from gmn.fit import evaluate, fit, recalibrate
+from gmn.training import evaluate, fit, recalibrate
 from gmn.metanetwork import MetaNetwork
 from gmn.ranking import prune_to
 from gmn.settings import Criterion, Fit, Prune

@@ -18,8 +18,8 @@ from torch import nn
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.convert import to_graph
-from gmn.cost import Cost, cost, latency
-from gmn.fit import evaluate, recalibrate
+from gmn.costs import Cost, cost, latency
+from gmn.training import evaluate, recalibrate
 from gmn.groups import couplings
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track

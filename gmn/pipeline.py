@@ -29,7 +29,7 @@ from gmn.convert import layouts, to_graph, to_model
 from gmn.criteria import Importance
 from gmn.data import Augment, Data, load_data
 from gmn.errors import GmnError
-from gmn.fit import evaluate, fit, make_optimizer, recalibrate
+from gmn.training import evaluate, fit, make_optimizer, recalibrate
 from gmn.groups import couplings
 from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmn.cost import Cost, cost
+from gmn.costs import Cost, cost
 from gmn.criteria import Importance
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec, NetworkGraph

@@ -15,7 +15,7 @@ from torch import nn
 
 from gmn.data import Split
 from gmn.errors import TrainingError
-from gmn.fit import evaluate, fit, make_optimizer, make_schedule, recalibrate
+from gmn.training import evaluate, fit, make_optimizer, make_schedule, recalibrate
 from gmn.settings import Fit
 
 
