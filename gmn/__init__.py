@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from gmn.criteria import Importance
     from gmn.data import Augment, Data, load_data
     from gmn.errors import GmnError
-    from gmn.training import evaluate, fit, recalibrate
     from gmn.graph import GraphSpec, NetworkGraph
     from gmn.groups import KeepMask, couplings
     from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
     from gmn.networks import build_network, load_weights
     from gmn.settings import Criterion, Fit, Prune
+    from gmn.training import evaluate, fit, recalibrate
 
 __version__ = "0.1.0"
 

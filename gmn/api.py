@@ -15,10 +15,10 @@ from gmn.convert import to_graph, to_model
 from gmn.costs import cost
 from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
-from gmn.training import evaluate, fit, recalibrate
 from gmn.metanetwork import MetaNetwork
 from gmn.ranking import prune_to
 from gmn.settings import Criterion, Fit, Prune
+from gmn.training import evaluate, fit, recalibrate
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Builder:
 
     def attach(self, group: _Group, values: dict[str, str]) -> bool:
         """Put parameters (column name -> parameter name) on a group's nodes, if all their columns are free."""
-        places = {self._place(group, values, column): param for column, param in values.items()}
+        places = {self._place(group, values, column): param.lstrip(".") for column, param in values.items()}
         if not places.keys() <= set(self.layout.columns) or places.keys() & group.slots.keys():
             return False
         group.slots |= places
@@ -204,6 +204,7 @@ class Builder:
         """Edges from the channels `src` to a group; `shape` and `perm` make the weight [G, O, I, K]: see `EdgeSlot`."""
         if bool((src == NO_NODE).any()):
             raise ConversionError("a layer reads padded channels, which have no node", where=param)
+        param = param.lstrip(".")  # the network is one layer: its name is empty
         pieces = shape[perm[0]]
         parts = runs(src)
         if pieces > 1 and len(parts) > 1:
@@ -259,7 +260,7 @@ class Builder:
         for index, raw in enumerate(self.blocks):
             src = (self._moved(raw.src[0], starts), raw.src[1])
             dst = (starts[id(raw.group)] + raw.offset, raw.size)
-            block = EdgeBlock(raw.name, src, dst, raw.pieces, kernel or raw.kernel)
+            block = EdgeBlock(raw.name, src, dst, raw.pieces, _target(raw.kernel, kernel))
             taps = _positions(raw.kernel, block.kernel)
             values = raw.values
             if raw.slot is not None:
@@ -331,6 +332,11 @@ def _largest(kernels: list[tuple[int, ...]]) -> tuple[int, ...]:
     dims = max(len(kernel) for kernel in kernels)
     full = [kernel if len(kernel) == dims else (1,) * dims for kernel in kernels]
     return tuple(max(sizes) for sizes in zip(*full, strict=True))
+
+
+def _target(kernel: tuple[int, ...], largest: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The kernel that one is padded to; the positions of a flattened input are not a kernel and stay as they are."""
+    return largest if largest and (len(kernel) == len(largest) or kernel == (1,)) else kernel
 
 
 def _positions(kernel: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,13 +19,13 @@ from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.convert import to_graph
 from gmn.costs import Cost, cost, latency
-from gmn.training import evaluate, recalibrate
 from gmn.groups import couplings
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
 from gmn.ranking import mask_steps
 from gmn.settings import Fit
 from gmn.surgery import remove
+from gmn.training import evaluate, recalibrate
 
 if TYPE_CHECKING:
     from gmn.pipeline import Job

@@ -171,6 +171,7 @@ class _Reader:
         self.modules = dict(model.named_modules())
         self.uses = Counter(value for op in record.ops for value in set(op.inputs()))
         self.uses.update(record.outputs)
+        self.readers = Counter(id(p) for op in record.ops for p in self._own(op))
         self.values: dict[int, Flow | Parameters] = {n: Parameters((name,)) for n, name in record.params.items()}
 
     def read(self) -> NetworkGraph:
@@ -198,6 +199,8 @@ class _Reader:
         if not call.flows:
             names = tuple(name for p in call.parameters for name in p.names)
             result: Any = tree_map(lambda ref: Parameters(names) if isinstance(ref, Ref) else ref, op.outputs)
+        elif self._shared(op):
+            result = None  # a weight has one place in the graph
         elif op.func is None:
             rule = rule_for(call.module)
             assert rule is not None  # only modules with a rule are leaves
@@ -207,6 +210,13 @@ class _Reader:
         else:
             result = None
         self._bind(op, call, self._unknown(op, call) if result is None else result)
+
+    def _own(self, op: Op) -> list[nn.Parameter]:
+        return list(self.modules[op.module].parameters()) if op.func is None else []
+
+    def _shared(self, op: Op) -> bool:
+        """Whether the module is called twice, or another one has the same parameters."""
+        return any(self.readers[id(p)] > 1 for p in self._own(op))
 
     def _call(self, op: Op) -> Call:
         look_up = lambda leaf: self.values[leaf.value] if isinstance(leaf, Ref) else leaf  # noqa: E731
@@ -244,6 +254,11 @@ class _Reader:
 
     def _unknown(self, op: Op, call: Call) -> Any:
         """No rule: refuse, or cut the graph here and forbid to prune on either side of the cut."""
+        if self.on_unknown == "error" and self._shared(op):
+            raise ConversionError(
+                f"the parameters of {type(call.module).__name__} '{call.name}' are used more than once",
+                hint="pass on_unknown='keep' to carry them through",
+            )
         if self.on_unknown == "error":
             own = sorted({name for p in call.parameters for name in p.names})
             raise ConversionError(

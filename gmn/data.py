@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmn.errors import DataError
-from gmn.sources import LazyImages, Part, Request, Source, is_grey, read_source
+from gmn.images import LazyImages, is_grey
+from gmn.sources import Part, Request, Source, read_source
 
 MEMORY = 2**30
 """Bytes up to which the decoded images of a split stay in memory; above, every batch is decoded anew."""

@@ -245,8 +245,10 @@ class NetworkGraph:
             if not bool(torch.isfinite(features).all()):
                 raise ConversionError("weights are not finite (NaN or Inf)", where=block.name)
         if not bool(torch.isfinite(self.node_features).all()):
-            row = int((~torch.isfinite(self.node_features)).any(1).nonzero()[0])
-            raise ConversionError("parameters are not finite (NaN or Inf)", where=group_of(spec, row).name)
+            row, column = (~torch.isfinite(self.node_features)).nonzero()[0].tolist()
+            slots = (s for s in spec.node_slots if s.column == column and s.nodes[0] <= row < sum(s.nodes))
+            where = next((slot.param for slot in slots), group_of(spec, row).name)
+            raise ConversionError("parameters are not finite (NaN or Inf)", where=where)
         return self
 
     def summary(self) -> str:

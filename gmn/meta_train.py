@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from gmn.criteria import Importance
 from gmn.data import Augment, Split
-from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
 from gmn.graph import NetworkGraph
 from gmn.metanetwork import MetaNetwork
 from gmn.settings import MetaTrain
+from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
 
 Batch = tuple[Tensor, Tensor]
 

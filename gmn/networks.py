@@ -6,12 +6,9 @@ function of one's own, `package.module:function`.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gmn.cifar import VGG_STAGES, CifarResNet, CifarVGG
-from gmn.errors import CheckpointError, GmnError, NetworkError
+from gmn.errors import CheckpointError, NetworkError
+from gmn.names import accepted, import_function, nearest
 
 CIFAR_RESNETS = (8, 14, 20, 32, 44, 56, 110)
 """The depths proposed when a name is unknown; any depth 6n + 2 can be built."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """A hint that names the nearest valid names, or None.
-
-    >>> nearest("cifar11", ["cifar10", "svhn"])
-    "did you mean 'cifar10'?"
-    """
-    close = difflib.get_close_matches(name, list(valid), n=3)
-    return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None
-
-
-def import_function(name: str, error: type[GmnError]) -> Callable[..., Any]:
-    """The callable that `package.module:function` names; raises `error` when there is none.
-
-    >>> import_function("math:sqrt", NetworkError)(9.0)
-    3.0
-    """
-    module_name, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute, None)
-    except (ImportError, ValueError, SyntaxError) as problem:
-        raise error(f"cannot import module {module_name!r}", got=str(problem), where=name) from problem
-    if not callable(found):
-        raise error("no such function", expected=f"{attribute!r} in module {module_name!r}", where=name)
-    return found
-
-
-def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the function takes as keywords.
-
-    >>> accepted(lambda num_classes: None, {"num_classes": 10, "in_channels": 3})
-    {'num_classes': 10}
-    """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some built-ins have no signature: nothing is known to be accepted
-        return {}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(arguments)
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {key: value for key, value in arguments.items() if key in names}
 
 
 def build_network(

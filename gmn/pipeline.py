@@ -29,7 +29,6 @@ from gmn.convert import layouts, to_graph, to_model
 from gmn.criteria import Importance
 from gmn.data import Augment, Data, load_data
 from gmn.errors import GmnError
-from gmn.training import evaluate, fit, make_optimizer, recalibrate
 from gmn.groups import couplings
 from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
@@ -39,6 +38,7 @@ from gmn.ranking import prune_to
 from gmn.recipe import dump_recipe
 from gmn.run import Run
 from gmn.settings import Recipe
+from gmn.training import evaluate, fit, make_optimizer, recalibrate
 
 
 def meta_train(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
