@@ -10,7 +10,7 @@ Validation images choose; each finished network sees the test images once.
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +20,13 @@ from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.convert import to_graph
 from gmn.costs import Cost, cost, latency
 from gmn.groups import couplings
+from gmn.job import Job
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
 from gmn.ranking import mask_steps
 from gmn.settings import Fit
 from gmn.surgery import remove
 from gmn.training import evaluate, recalibrate
-
-if TYPE_CHECKING:
-    from gmn.pipeline import Job
 
 CURVE_POINTS = 8
 CURVE_IMAGES = 2000

@@ -34,10 +34,11 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     Cost(flops=50.0, parameters=50)
     """
     args, kwargs = split_inputs(example_inputs)
-    batch = next((a.shape[0] for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor)), 1)
+    # torch-pruning divides by the batch size itself, but sees it only in positional arguments
+    batch = next((a.shape[0] for a in kwargs.values() if isinstance(a, torch.Tensor)), 1)
     with evaluation(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flops, _ = torch_pruning.utils.count_ops_and_params(model, kwargs or (args[0] if len(args) == 1 else args))
+        flops = torch_pruning.utils.count_ops_and_params(model, kwargs or (args[0] if len(args) == 1 else args))[0]
     return Cost(float(flops) / batch, sum(p.numel() for p in model.parameters()))
 
 

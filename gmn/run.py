@@ -28,7 +28,7 @@ PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "
 
 
 class Run:
-    """A run folder.
+    """A run folder; nothing is written before `start`.
 
     Args:
         folder: Where it is.
@@ -41,27 +41,26 @@ class Run:
     """
 
     def __init__(self, folder: Path, recipe: str, *, resume: bool = False, overwrite: bool = False) -> None:
-        self.folder = folder
-        started = (folder / "recipe.yaml").is_file()
-        if folder.exists() and not started and any(folder.iterdir()):
-            raise GmnError(
-                "the folder is not a run folder, and not empty", got=str(folder), hint="give another with --run"
-            )
-        if started and overwrite:
-            shutil.rmtree(folder)
-        elif started and not resume:
-            raise GmnError(
-                "the run folder exists", got=str(folder), hint="go on with --resume, replace it with --overwrite, "
-                "or give another with --run",
-            )  # fmt: skip
-        elif started and (folder / "recipe.yaml").read_text() != recipe:
-            raise GmnError(
-                "cannot resume with another recipe", got=_first_difference(folder / "recipe.yaml", recipe),
-                where=str(folder), hint="start anew with --overwrite",
-            )  # fmt: skip
-        if not (folder / "recipe.yaml").is_file():
-            save_json(folder / "environment.json", environment())
-            save_text(folder / "recipe.yaml", recipe)
+        self.folder, self.recipe = folder, recipe
+        saved = folder / "recipe.yaml"
+        self.replaces = saved.is_file() and overwrite
+        if folder.exists() and not saved.is_file() and any(folder.iterdir()):
+            hint = "give another with --run"
+            raise GmnError("the folder is not a run folder, and not empty", got=str(folder), hint=hint)
+        if saved.is_file() and not resume and not overwrite:
+            hint = "go on with --resume, replace it with --overwrite, or give another with --run"
+            raise GmnError("the run folder exists", got=str(folder), hint=hint)
+        if saved.is_file() and resume and saved.read_text(encoding="utf-8") != recipe:
+            difference, hint = _first_difference(saved, recipe), "start anew with --overwrite"
+            raise GmnError("cannot resume with another recipe", got=difference, where=str(folder), hint=hint)
+
+    def start(self) -> None:
+        """Make the folder, once the recipe has proved to work."""
+        if self.replaces:
+            shutil.rmtree(self.folder)
+        if not (self.folder / "recipe.yaml").is_file():
+            save_json(self.folder / "environment.json", environment())
+            save_text(self.folder / "recipe.yaml", self.recipe)
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line to metrics.jsonl."""

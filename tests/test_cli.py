@@ -63,13 +63,15 @@ def test_mistakes_in_the_call(command: Command, tmp_path: Path) -> None:
 def test_a_missing_data_file(command: Command, tmp_path: Path) -> None:
     overrides = ["--set", "data.name=parquet", "--set", "data.train=no.parquet", "--set", "data.test=no.parquet"]
     assert "no.parquet" in wrong(command, tmp_path, "meta-train", "quickstart", *overrides)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_speed_up_out_of_reach(command: Command, tmp_path: Path) -> None:
-    overrides = [part for override in [*TINY, "data_models.initial_speed_up=500"] for part in ("--set", override)]
+    overrides = [part for override in [*TINY, "prune.speed_up=500"] for part in ("--set", override)]
     line = wrong(command, tmp_path, "meta-train", "quickstart", *overrides)
     assert "out of reach" in line
     assert "max_ratio" in line
+    assert list(tmp_path.iterdir()) == []  # found out before anything was trained
 
 
 def test_weights_with_nan(command: Command, tmp_path: Path) -> None:

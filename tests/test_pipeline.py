@@ -128,7 +128,7 @@ def test_fine_tuning_without_data_is_refused() -> None:
 
 def test_a_run_folder_is_not_replaced_by_accident(tmp_path: Path, tiny_recipe: Recipe) -> None:
     text = dump_recipe(tiny_recipe)
-    Run(tmp_path / "run", text)
+    Run(tmp_path / "run", text).start()
     with pytest.raises(gmn.GmnError, match=r"the run folder exists.*--resume.*--overwrite"):
         Run(tmp_path / "run", text)
     with pytest.raises(gmn.GmnError, match=r"another recipe.*'seed: 3' instead of 'seed: 0'"):
