@@ -40,6 +40,8 @@ def round_trip(model: nn.Module, x: Tensor, **options: object) -> NetworkGraph:
         assert torch.equal(again.eval()(other), model.eval()(other))
     held = {*graph.spec.shapes, *graph.spec.carried, *(s.param for s in graph.spec.node_slots)}
     assert held == set(before)
+    if "on_unknown" not in options:
+        assert [n for n in graph.spec.carried if not n.endswith("num_batches_tracked")] == []
     return graph
 
 
@@ -152,6 +154,25 @@ def test_concatenation(norm: bool) -> None:
     out = [(b.shape[2], e) for b, e in zip(graph.spec.blocks, graph.edge_features, strict=True) if "out" in b.name]
     assert [width for width, _ in out] == ([15] if norm else [4, 6, 5])
     assert torch.equal(torch.cat([e for _, e in out], dim=2)[0, :, :, 0], model[1].out.weight[:, :, 0, 0])
+
+
+class Sum(nn.Module):
+    """Three convolutions with a norm each, added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.paths[0](x) + self.paths[1](x) + self.paths[2](x)
+
+
+@pytest.mark.parametrize("layout", ["generic", "resnet50", "vgg19"])
+def test_a_sum_of_more_branches_than_there_are_columns(layout: str) -> None:
+    model = small(Sum())
+    coupled = couplings(round_trip(model, IMAGES, layout=layout).spec)
+    assert len(set(coupled.channel[9:15].tolist())) == 6
+    assert sum(name.startswith("1.paths") for name in coupled.names) == 1
 
 
 def test_a_layer_alone() -> None:
@@ -375,6 +396,36 @@ def test_a_rule_of_ones_own(transposed_rule: None) -> None:
 def test_without_its_rule_the_layer_is_refused() -> None:
     with pytest.raises(ConversionError, match=r"Transposed '0'.*0\.kernel"):
         to_graph(nn.Sequential(Transposed(3, 2)), torch.randn(1, 3))
+
+
+class TapsFirst(nn.Module):
+    """A convolution along a line that stores its weight as [taps, in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.kernel.permute(2, 1, 0))
+
+
+def test_a_weight_may_be_stored_in_any_order() -> None:
+    class TapsFirstConverter(Converter):
+        def encode(self, call: Call) -> Flow:
+            source = call.flows[0].channels(1)
+            nodes = call.builder.add_nodes(call.name, 5, "conv", source)
+            call.builder.add_weight(
+                f"{call.name}.kernel", source, nodes, shape=(3, 1, 4, 5), kernel=(3,), perm=(1, 3, 2, 0)
+            )
+            return call.output(call.builder.ids(nodes), 1, "raw")
+
+    register_converter(TapsFirst)(TapsFirstConverter)
+    try:
+        model = nn.Sequential(nn.Conv1d(2, 4, 1), TapsFirst())
+        graph = round_trip(model, torch.randn(1, 2, 6))
+    finally:
+        del gmn.convert._MODULES[TapsFirst]
+    assert torch.equal(graph.edge_features[1][0], model[1].kernel.permute(2, 1, 0))
 
 
 def test_a_rule_that_returns_another_shape_is_refused(transposed_rule: None) -> None:

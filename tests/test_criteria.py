@@ -67,6 +67,22 @@ def test_scores_are_those_of_torch_pruning(name: str) -> None:
     assert seen == set(range(len(coupled.names))) - {coupled.names.index("input")}
 
 
+def test_the_first_layer_alone_may_score() -> None:
+    """The first that runs; torch-pruning takes the layer that it is asked about."""
+    model, x, spec, coupled = subject("resnet20B")
+    importance = Importance(spec, coupled, Criterion(reduce="first"))
+    scores = importance.scores(importance.energies(dict(model.state_dict())))
+    graph = tp.DependencyGraph().build_dependency(model, x)
+    theirs = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="first", normalizer="max")
+    for name in ("conv1", "layer1.1.conv1", "layer2.0.conv2", "layer3.0.conv2", "layer3.2.conv1"):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d)
+        assert name in coupled.names
+        group = graph.get_pruning_group(layer, tp.prune_conv_out_channels, list(range(layer.out_channels)))
+        channels = root_channels(model, spec, coupled, group)
+        assert torch.allclose(scores[channels], theirs(group), rtol=1e-4), name
+
+
 @pytest.mark.parametrize("normalize", ["none", "max"])
 @pytest.mark.parametrize("name", ["resnet20B", "resnet18"])
 def test_the_gradient_of_the_loss_is_that_of_torch_pruning(name: str, normalize: Any) -> None:

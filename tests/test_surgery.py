@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from zoo import FlatVGG, Residual, graph_of, network, pruned, randomise, small
 
 from gmn.convert import to_graph
 from gmn.costs import cost
+from gmn.criteria import Importance
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec
 from gmn.groups import KeepMask, couplings, parametric
@@ -164,6 +166,26 @@ def test_zeroed_channels_go_first() -> None:
     spec = to_graph(model, IMAGES).spec
     masks = list(mask_steps(dict(model.state_dict()), spec, couplings(spec), Prune(speed_up=2.0, steps=6)))
     assert (~masks[0].keep).nonzero().flatten().tolist() == [3 + 1, 3 + 3]
+
+
+def test_scores_are_taken_anew_after_each_step() -> None:
+    """The next channel to go is the lowest of the network that is left, as if it had been cut for real."""
+    torch.manual_seed(0)
+    sizes = (4, 12, 12, 12, 2)
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes)))
+    x = torch.zeros(1, 4)
+    spec = to_graph(model, x).spec
+    masks = list(mask_steps(dict(model.state_dict()), spec, couplings(spec), Prune(speed_up=2.0, steps=36)))
+    assert len(masks) == 3 * 10  # 90 % of 12
+    for mask, following in pairwise(masks[:15]):
+        smaller = remove(model, spec, mask, x)
+        left = to_graph(smaller, x).spec
+        coupled = couplings(left)
+        importance = Importance(left, coupled)
+        scores = importance.scores(importance.energies(smaller.state_dict()))
+        lowest = int(scores.masked_fill(~coupled.prunable, float("inf")).argmin())
+        gone = (mask.keep & ~following.keep).nonzero().flatten().tolist()
+        assert gone == mask.keep.nonzero().flatten()[coupled.channel == lowest].tolist()
 
 
 def shallow() -> tuple[nn.Module, Tensor]:
