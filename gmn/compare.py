@@ -32,8 +32,12 @@ CURVE_POINTS = 8
 CURVE_IMAGES = 2000
 
 
-def compare(job: Job, metanetwork: MetaNetwork, layout: Layout) -> dict[str, Any]:
-    """Run all rows for all seeds, measure, and save report.json; finished rows are not run again."""
+def compare(job: Job, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | None = None) -> dict[str, Any]:
+    """Run all rows for all seeds, measure, and save report.json; finished rows are not run again.
+
+    Args:
+        seen: Whether the metanetwork learnt on this very network; None if that is not known.
+    """
     recipe = job.recipe
     index = recipe.data_models.train + recipe.data_models.val if recipe.data_models.fit else 0
     base = job.keep("models/base", lambda: job.trained(index))
@@ -46,7 +50,7 @@ def compare(job: Job, metanetwork: MetaNetwork, layout: Layout) -> dict[str, Any
     ]
     report = {
         "recipe": recipe.name,
-        "seen": recipe.data_models.fit is None,
+        "seen": seen,
         "speed_up": recipe.prune.speed_up,
         "validation_images": len(job.data.val),
         "test_images": len(job.data.test),

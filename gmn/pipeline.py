@@ -28,7 +28,8 @@ def meta_train(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite:
     learners, judges = models[: recipe.data_models.train], models[recipe.data_models.train :]
     job.learn([job.subject(model) for model in learners])
     metanetwork, layout = job.select([job.subject(model) for model in judges or learners])
-    return compare(job, metanetwork, layout)
+    # with a training in the recipe the pruned network is one more, trained with a seed of its own
+    return compare(job, metanetwork, layout, seen=recipe.data_models.fit is None)
 
 
 def prune_recipe(

@@ -41,10 +41,12 @@ def table(report: dict[str, Any]) -> Table:
 def caption(report: dict[str, Any]) -> str:
     """What one must know to read the table."""
     seeds = max(entry["seeds"] for entry in summarise(report))
-    seen = "the metanetwork has seen this network" if report["seen"] else "a network the metanetwork never saw"
+    plural = "s" if seeds > 1 else ""
+    seen = {True: "the metanetwork learnt on this network; ", False: "a network the metanetwork never saw; "}
     return (
         "direct: pruned at once, all fine-tuning after it; same schedule: without the metanetwork step; "
-        f"{seen}; {report['finetune_images']:,} fine-tuning images per row; {seeds} seed{'s' * (seeds > 1)}; "
+        f"{seen.get(report['seen'], '')}{report['finetune_images']:,} fine-tuning images per row; "
+        f"{seeds} fine-tuning seed{plural}; "
         f"chosen on {report['validation_images']:,} validation images, {report['test_images']:,} test images read "
         "once; a multiply-add is one FLOP; ms: latency per batch, median of interleaved runs"
     )

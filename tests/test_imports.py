@@ -20,7 +20,7 @@ LAYERS = (
     {"criteria", "surgery", "ranking", "costs"},
     *(
         {"data", "images", "sources", "cifar", "networks", "training", "progress", "checkpoint", "meta_train"},
-        {"pipeline", "compare", "run", "report", "plots", "recipe", "cli", "api", "__init__", "__main__"},
+        {"pipeline", "compare", "job", "run", "report", "plots", "recipe", "cli", "api", "__init__", "__main__"},
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -20,9 +20,9 @@ import gmn
 from gmn.checkpoint import load_metanetwork, optimizer_tensors, restore_optimizer, save_metanetwork
 from gmn.convert import layouts
 from gmn.data import Data
-from gmn.training import make_optimizer
 from gmn.meta_train import DataModel, meta_step, train_metanetwork
 from gmn.settings import MetaTrain
+from gmn.training import make_optimizer
 
 
 @pytest.fixture(scope="module")

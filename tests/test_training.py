@@ -15,8 +15,8 @@ from torch import nn
 
 from gmn.data import Split
 from gmn.errors import TrainingError
-from gmn.training import evaluate, fit, make_optimizer, make_schedule, recalibrate
 from gmn.settings import Fit
+from gmn.training import evaluate, fit, make_optimizer, make_schedule, recalibrate
 
 
 def dark_and_bright(count: int = 64) -> Split:
