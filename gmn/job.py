@@ -178,7 +178,7 @@ class Job:
         return network.to(self.device)
 
     def select(self, judges: list[DataModel]) -> tuple[MetaNetwork, Layout]:
-        """The checkpoint whose networks have the best validation accuracy at the target speed-up, before fine-tuning.
+        """The checkpoint whose networks have the best validation accuracy when pruned, before the last fine-tuning.
 
         Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.
         """
@@ -201,11 +201,13 @@ class Job:
         return metanetwork.to(self.device), layout
 
     def judge(self, epoch: int, judges: list[DataModel]) -> float:
-        """Mean validation accuracy of the judges, rewritten by a checkpoint and pruned, not fine-tuned."""
+        """Mean validation accuracy of the judges: rewritten by a checkpoint, fine-tuned as the recipe says, pruned."""
         metanetwork = load_metanetwork(self.checkpoint(epoch))[0].to(self.device) if epoch else None
         accuracies = []
         for judge in judges:
             model = self.rewrite(judge.model, metanetwork, self.layout)
+            if self.recipe.finetune.after_meta:
+                self.fit(model, self.recipe.finetune.after_meta, 400, f"fine-tuning after checkpoint {epoch}")
             reference = self.recipe.prune.speed_up / self.recipe.data_models.initial_speed_up
             pruned = self.prune(model, max(reference, 1.01)).model
             accuracies.append(evaluate(pruned, self.data.val).accuracy)

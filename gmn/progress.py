@@ -20,35 +20,59 @@ LINE_EVERY = 60.0  # seconds between the lines of a longer task
 console = Console(stderr=True)
 
 
+_active: list[Progress] = []  # the bar on the terminal, if there is one: rich allows one at a time
+
+
 @contextmanager
 def track(title: str, total: int) -> Iterator[Advance]:
-    """Follow a task of `total` steps; call what it yields after each step, with a short note (such as the loss)."""
+    """Follow a task of `total` steps; call what it yields after each step, with a short note (such as the loss).
+
+    A task inside another one gets a second row of the same bar.
+    """
     start, note = time.perf_counter(), ""
-    done, last = 0, start
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
-            task = bar.add_task(title, total=total, note="")
+    with _bar(title, total) if console.is_terminal else _lines(title, total) as show:
 
-            def advance(text: str = "") -> None:
-                nonlocal note
-                note = text or note
-                bar.update(task, advance=1, note=note)
+        def advance(text: str = "") -> None:
+            nonlocal note
+            note = text or note
+            show(note)
 
-            yield advance
-    else:
-
-        def remember(text: str = "") -> None:
-            nonlocal note, done, last
-            note, done, now = text or note, done + 1, time.perf_counter()
-            if now - last > LINE_EVERY:
-                last, left = now, (now - start) / done * (total - done)
-                say(f"{title}: {done}/{total}, {left:.0f} s left, {note}")
-
-        yield remember
+        yield advance
     seconds = time.perf_counter() - start
     if seconds >= WORTH_A_LINE:
         say(f"{title}: {seconds:.1f} s" + (f", {note}" if note else ""))
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Advance]:
+    outermost = not _active
+    if outermost:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        _active.append(Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True))
+        _active[0].start()
+    bar = _active[0]
+    task = bar.add_task(title, total=total, note="")
+    try:
+        yield lambda note: bar.update(task, advance=1, note=note)
+    finally:
+        bar.remove_task(task)
+        if outermost:
+            _active.pop().stop()
+
+
+@contextmanager
+def _lines(title: str, total: int) -> Iterator[Advance]:
+    start = last = time.perf_counter()
+    done = 0
+
+    def advance(note: str) -> None:
+        nonlocal done, last
+        done, now = done + 1, time.perf_counter()
+        if now - last > LINE_EVERY:
+            last, left = now, (now - start) / done * (total - done)
+            say(f"{title}: {done}/{total}, {left:.0f} s left, {note}")
+
+    yield advance
 
 
 def say(line: str) -> None:

@@ -13,7 +13,7 @@ from gmn.compare import summarise
 TITLES = {
     "base": "base",
     "metanetwork": "metanetwork",
-    "same-schedule": "same schedule without",
+    "same-schedule": "same schedule",
     "direct": "direct",
 }
 

@@ -167,7 +167,7 @@ class Prune(Section):
     """The removal of channels."""
 
     speed_up: float = Field(default=2.0, gt=1, description="FLOPs before / FLOPs after")
-    steps: int = Field(default=100, ge=1, description="small steps to the target")
+    steps: int = Field(default=200, ge=1, description="steps in which all channels would go; fewer are coarser")
     max_ratio: float = Field(default=0.9, gt=0, lt=1, description="at most this share of a layer's channels goes")
     recalibrate: int = Field(
         default=0,
