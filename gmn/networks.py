@@ -87,7 +87,7 @@ def _torchvision(name: str, member: str, in_channels: int) -> Callable[..., nn.M
     if in_channels != 3:
         hint = "take the network from timm"
         raise NetworkError("torchvision networks take 3 channels", got=str(in_channels), where=name, hint=hint)
-    return lambda **options: models.get_model(member, weights=None, **options)
+    return lambda **options: models.get_model(member, **{"weights": None, **options})
 
 
 def _torchvision_names() -> list[str]:
@@ -101,7 +101,7 @@ def _timm(name: str, member: str) -> Callable[..., nn.Module]:
 
     if not timm.is_model(member):
         raise _unknown(name, _timm_names())
-    return lambda **options: timm.create_model(member, pretrained=False, **options)
+    return lambda **options: timm.create_model(member, **{"pretrained": False, **options})
 
 
 def _timm_names() -> list[str]:

@@ -50,14 +50,14 @@ def accuracy(report: dict[str, Any], path: Path) -> Path:
 
 
 def meta_training(report: dict[str, Any], path: Path) -> Path:
-    """Losses, and the norms of the two gradients, by epoch."""
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    """Both losses, and the norms of their gradients with respect to the new parameters, by epoch."""
+    figure = matplotlib.figure.Figure(figsize=(11, 3.5), layout="constrained")
     epochs = [entry["epoch"] for entry in report["meta_train"]]
-    for place, keys in ((121, ("loss", "sparsity")), (122, ("accuracy_gradient", "sparsity_gradient"))):
-        axes = figure.add_subplot(place)
+    for place, keys in enumerate((("loss",), ("sparsity",), ("accuracy_gradient", "sparsity_gradient"))):
+        axes = figure.add_subplot(1, 3, place + 1)
         for key in keys:
             axes.plot(epochs, [entry[key] for entry in report["meta_train"]], marker="o", label=key.replace("_", " "))
-        axes.set(xlabel="epoch", yscale="log")
+        axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.legend()
         axes.grid(alpha=0.3)

@@ -19,7 +19,7 @@ TINY = [
     *("data_models.initial_speed_up=1.2", "data_models.initial_fit={epochs: 1, lr: 0.01, batch_size: 32}"),
     *("metanetwork.layers=1", "metanetwork.hidden=4"),
     *("meta_train.epochs=2", "meta_train.steps_per_epoch=2", "meta_train.batch_size=16", "meta_train.batches=2"),
-    *("meta_train.milestones=[]", "prune.speed_up=1.8", "prune.recalibrate=50", "prune.steps=30"),
+    *("meta_train.milestones=[]", "prune.speed_up=1.8", "prune.recalibrate=50", "prune.steps=200"),
     *("finetune.after_meta={epochs: 1, lr: 0.01, batch_size: 32}",),
     *("finetune.after_prune={epochs: 1, lr: 0.01, batch_size: 32}", "report.latency_batch=2", "report.seeds=1"),
 ]

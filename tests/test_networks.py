@@ -234,3 +234,25 @@ def test_heavy_libraries_are_imported_only_when_asked_for() -> None:
 
     code = "import sys, gmn.networks; sys.exit(any(m in sys.modules for m in ('timm', 'torchvision')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "maker", "option"),
+    [
+        ("torchvision.resnet18", "torchvision.models", "get_model", {"weights": "IMAGENET1K_V1"}),
+        ("timm.resnet18", "timm", "create_model", {"pretrained": True}),
+    ],
+)
+def test_pretrained_weights_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, library: str, maker: str, option: dict[str, object]
+) -> None:
+    asked: dict[str, object] = {}
+
+    def make(member: str, **options: object) -> nn.Module:
+        asked.update(options, member=member)
+        return nn.Linear(1, 1)
+
+    monkeypatch.setattr(f"{library}.{maker}", make)
+    build_network(name, num_classes=1000, options=option)
+    assert asked["member"] == "resnet18"
+    assert asked.items() >= option.items()
