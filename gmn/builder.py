@@ -255,21 +255,22 @@ class Builder:
         """Number the nodes without gaps and copy the parameters into the features."""
         starts, groups = _number(self.groups)
         kernel = _largest([b.kernel for b in self.blocks]) if self.layout.kernels == "padded" else None
-        dtype = next(iter(self.params.values())).dtype
+        sample = next(iter(self.params.values()))  # of the network's type, on its device
         blocks, slots, edges = [], [], []
         for index, raw in enumerate(self.blocks):
             src = (self._moved(raw.src[0], starts), raw.src[1])
             dst = (starts[id(raw.group)] + raw.offset, raw.size)
             block = EdgeBlock(raw.name, src, dst, raw.pieces, _target(raw.kernel, kernel))
             taps = _positions(raw.kernel, block.kernel)
-            values = raw.values
             if raw.slot is not None:
                 param, shape, perm, inputs = raw.slot
                 slots.append(EdgeSlot(param, index, shape, inputs, taps, perm))
                 values = slots[-1].read(self.params[param].detach())
-            assert values is not None
+            else:
+                assert raw.values is not None
+                values = raw.values.to(sample)
             blocks.append(block)
-            edges.append(_pad(values.to(dtype), block.shape, taps))
+            edges.append(_pad(values, block.shape, taps))
         spec = self._spec(groups, starts, blocks, slots)
         return NetworkGraph(spec, self._node_features(spec), tuple(edges), template).validate()
 
