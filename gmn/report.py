@@ -38,18 +38,28 @@ def table(report: dict[str, Any]) -> Table:
     return result
 
 
+MEANINGS = {
+    "direct": "direct: pruned at once, all fine-tuning after it",
+    "same-schedule": "same schedule: without the metanetwork step",
+}
+SEEN = {True: "the metanetwork learnt on this network", False: "a network the metanetwork never saw"}
+
+
 def caption(report: dict[str, Any]) -> str:
     """What one must know to read the table."""
-    seeds = max(entry["seeds"] for entry in summarise(report))
-    plural = "s" if seeds > 1 else ""
-    seen = {True: "the metanetwork learnt on this network; ", False: "a network the metanetwork never saw; "}
-    return (
-        "direct: pruned at once, all fine-tuning after it; same schedule: without the metanetwork step; "
-        f"{seen.get(report['seen'], '')}{report['finetune_images']:,} fine-tuning images per row; "
-        f"{seeds} fine-tuning seed{plural}; "
-        f"chosen on {report['validation_images']:,} validation images, {report['test_images']:,} test images read "
-        "once; a multiply-add is one FLOP; ms: latency per batch, median of interleaved runs"
-    )
+    entries = summarise(report)
+    seeds = max(entry["seeds"] for entry in entries)
+    parts = [
+        *(MEANINGS[entry["row"]] for entry in entries if entry["row"] in MEANINGS),
+        *([SEEN[report["seen"]]] if report["seen"] in SEEN else []),
+        f"{report['finetune_images']:,} fine-tuning images per row",
+        f"{seeds} fine-tuning seed{'s' if seeds > 1 else ''}",
+        f"chosen on {report['validation_images']:,} validation images",
+        f"{report['test_images']:,} test images read once",
+        "a multiply-add is one FLOP",
+        "ms: latency per batch, median of interleaved runs",
+    ]
+    return "; ".join(parts)
 
 
 def human(value: float) -> str:
