@@ -11,8 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 quickstart: .venv/.run ## install, then shrink a small network on handwritten digits
-	.venv/bin/gmn meta-train quickstart
-	.venv/bin/gmn report quickstart
+	.venv/bin/gmn meta-train quickstart --resume
 
 test: .venv/.test ## install with the test extras, then the whole test suite
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)

@@ -14,9 +14,10 @@ from gmn.errors import ConversionError
 
 @register_function("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__")
 def add(call: Call) -> Flow | None:
-    """A residual is an edge into the layer it is added to; adding a constant changes nothing."""
+    """A residual is an edge into the layer it is added to; adding a constant adds no edge."""
     flows = call.flows
     if len(flows) == 1:
+        call.freeze_beside_constants()
         return Flow(flows[0].ids.expand(call.shape), "closed", call.uses)
     if tuple(flows[0].ids.shape) != tuple(flows[1].ids.shape):
         return None

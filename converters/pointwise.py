@@ -48,7 +48,21 @@ from gmn.errors import ConversionError
         "__neg__",
         "float",
     ),
-    *("square", "to", "type", "half", "bfloat16", "double", "type_as", "threshold", "rsqrt", "log", "relu6_"),
+    *(
+        "square",
+        "to",
+        "type",
+        "half",
+        "bfloat16",
+        "double",
+        "type_as",
+        "threshold",
+        "rsqrt",
+        "log",
+        "relu6_",
+        "softmax",
+        "log_softmax",
+    ),
 )
 def activation(call: Call) -> Flow | None:
     """A nonlinearity closes the layer: no later norm or residual can be merged into it."""
@@ -60,6 +74,7 @@ def scale(call: Call) -> Flow | None:
     """Multiplication with a constant; products of activations or with parameters need a rule of their own."""
     if call.parameters or len(call.flows) != 1 or tuple(call.flows[0].ids.shape) != call.shape:
         return None
+    call.freeze_beside_constants()
     return Flow(call.flows[0].ids, "closed", call.uses)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork
-from gmn.convert import to_graph, to_model
+from gmn.convert import OnUnknown, to_graph, to_model
 from gmn.costs import cost
 from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
@@ -28,10 +28,11 @@ class Meta:
     network: MetaNetwork
     layout: Layout
 
-    def rewrite(self, model: nn.Module, example_inputs: Any) -> nn.Module:
+    def rewrite(self, model: nn.Module, example_inputs: Any, *, on_unknown: OnUnknown = "error") -> nn.Module:
         """A copy of the network with the weights that the metanetwork gives it."""
+        graph = to_graph(model, example_inputs, layout=self.layout, on_unknown=on_unknown)
         with torch.no_grad():
-            return to_model(self.network(to_graph(model, example_inputs, layout=self.layout)))
+            return to_model(self.network.to(graph.node_features.device)(graph))
 
 
 def load(path: str | Path) -> Meta:
@@ -70,6 +71,7 @@ def prune(
     criterion: Criterion | None = None,
     max_ratio: float = 0.9,
     recalibrate_images: int = 1000,
+    on_unknown: OnUnknown = "error",
     seed: int = 0,
 ) -> Result:
     """Make a network cheaper: [metanetwork -> fine-tune ->] prune -> fine-tune. The model itself is not changed.
@@ -83,6 +85,7 @@ def prune(
         data: From `gmn.load_data`; also recalibrates batch norms (on `recalibrate_images` images) and evaluates.
         augment: Random changes of the training images.
         criterion, max_ratio: How channels are scored, and at most how many of a layer go.
+        on_unknown: See `gmn.to_graph`; "keep" never prunes around a layer without a rule.
         seed: Seed of the fine-tuning.
 
     Raises:
@@ -91,21 +94,25 @@ def prune(
     """
     if finetune is not None and data is None:
         raise PruningError("fine-tuning needs data", hint="pass data=gmn.load_data(...)")
+    if speed_up <= 1 or not 0 < max_ratio < 1:
+        got = f"speed_up={speed_up:g}, max_ratio={max_ratio:g}"
+        raise PruningError("nothing to aim at", expected="speed_up above 1, max_ratio between 0 and 1", got=got)
+    graph = to_graph(model, example_inputs, on_unknown=on_unknown)
     before = cost(model, example_inputs)
-    graph = to_graph(model, example_inputs)
+    data = None if data is None else data.to(graph.node_features.device)
 
     def tune(network: nn.Module, title: str) -> None:
-        if data is not None:
-            recalibrate(network, data.train, recalibrate_images, seed=seed)
-            if finetune is not None:
-                fit(network, data.train, finetune, seed=seed, augment=augment, title=title)
+        if data is not None and finetune is not None:
+            fit(network, data.train, finetune, seed=seed, augment=augment, title=title)
 
     current = model
     if meta is not None:
-        current = meta.rewrite(model, example_inputs)
+        current = meta.rewrite(model, example_inputs, on_unknown=on_unknown)
         tune(current, "fine-tuning after the metanetwork")
     config = Prune(speed_up=speed_up, max_ratio=max_ratio)
     pruned = prune_to(current, graph, example_inputs, config, criterion, before=before)
+    if data is not None:
+        recalibrate(pruned.model, data.train, recalibrate_images, seed=seed)
     tune(pruned.model, "fine-tuning after pruning")
     report = {"flops": pruned.after.flops, "parameters": pruned.after.parameters, "speed_up": pruned.speed_up}
     if data is not None:

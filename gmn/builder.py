@@ -17,6 +17,8 @@ from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock, EdgeSlot, GraphSpec, NetworkGraph, NodeGroup, NodeSlot, Range
 
 NO_NODE = -1
+# what torch-pruning is asked to cut; a layer with a rule of its own is converted, but stays whole
+CUTTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 IDENTITY_KERNEL: tuple[int, ...] = (1,)
 
 
@@ -124,7 +126,7 @@ class Builder:
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        self.layout = layout
+        self.model, self.layout = model, layout
         self.params: dict[str, Tensor] = dict(model.named_parameters())
         self.buffers: dict[str, Tensor] = dict(model.named_buffers())
         self.groups: list[_Group] = []
@@ -166,12 +168,19 @@ class Builder:
         """Forbid the removal of these nodes."""
         self.frozen.append((nodes[nodes >= 0].unique(), reason))
 
+    def _freeze_uncuttable(self, param: str, nodes: Tensor) -> None:
+        layer = self.model.get_submodule(param.rpartition(".")[0])
+        if not isinstance(layer, CUTTABLE):
+            self.freeze(nodes, f"no surgery for {type(layer).__name__} {param.rpartition('.')[0]}")
+
     def attach(self, group: _Group, values: dict[str, str]) -> bool:
         """Put parameters (column name -> parameter name) on a group's nodes, if all their columns are free."""
         places = {self._place(group, values, column): param.lstrip(".") for column, param in values.items()}
         if not places.keys() <= set(self.layout.columns) or places.keys() & group.slots.keys():
             return False
         group.slots |= places
+        for param in places.values():
+            self._freeze_uncuttable(param, self.ids(group))
         return True
 
     def attach_or_fail(self, group: _Group, values: dict[str, str]) -> None:
@@ -205,6 +214,7 @@ class Builder:
         if bool((src == NO_NODE).any()):
             raise ConversionError("a layer reads padded channels, which have no node", where=param)
         param = param.lstrip(".")  # the network is one layer: its name is empty
+        self._freeze_uncuttable(param, torch.cat([src, self.ids(dst)]))
         pieces = shape[perm[0]]
         parts = runs(src)
         if pieces > 1 and len(parts) > 1:
@@ -241,6 +251,8 @@ class Builder:
 
         Its norm takes the `shortcut.` columns. Returns False, and changes nothing, if they are not free.
         """
+        if any(bool(torch.isin(self.ids(branch), nodes).any()) for nodes, _ in self.frozen):
+            return False
         if not self.attach(main, {f"shortcut.{column}": param for column, param in branch.slots.items()}):
             return False
         for block in self.blocks:

@@ -51,6 +51,11 @@ def save_text(path: Path, text: str) -> None:
     write_atomic(path, write)
 
 
+def save_bytes(path: Path, content: bytes) -> None:
+    """Write bytes; use with `write_atomic`."""
+    path.write_bytes(content)
+
+
 def load_json(path: Path) -> Any:
     """Read JSON; CheckpointError if the file is missing or torn."""
     try:

@@ -87,6 +87,11 @@ def main() -> None:
             raise
         print(f"gmn: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # no permission, disk full
+        if debug:
+            raise
+        print(f"gmn: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Validation images choose; each finished network sees the test images once.
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import nn
 
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
-from gmn.convert import to_graph
 from gmn.costs import Cost, cost, latency
 from gmn.groups import couplings
 from gmn.job import Job
@@ -58,7 +58,7 @@ def compare(job: Job, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | 
         "base": _measure(job, base, cost(base, job.example)),
         "results": results,
         "latency": _latency(job, base, rows),
-        "curve": _curve(job, start, {"with metanetwork": metanetwork, "without": None}, layout),
+        "curve": _curve(job, base, start, {"with metanetwork": metanetwork, "without": None}, layout),
         "select": list(job.run.events("select")),
         "meta_train": list(job.run.events("meta-train")),
     }
@@ -126,7 +126,7 @@ def _budget(job: Job) -> int:
 def _merged(job: Job) -> Fit:
     """The whole budget as one fine-tuning: the last one's, with more epochs before its first milestone."""
     last = job.recipe.finetune.after_prune
-    epochs = round(_budget(job) / (_images(job, last) / last.epochs))
+    epochs = math.ceil(_budget(job) / (_images(job, last) / last.epochs))  # a baseline never gets less
     shift = epochs - last.epochs
     return last.model_copy(update={"epochs": epochs, "milestones": [m + shift for m in last.milestones]})
 
@@ -140,23 +140,24 @@ def _latency(job: Job, base: nn.Module, rows: list[str]) -> dict[str, float]:
 
 
 def _curve(
-    job: Job, start: nn.Module, metanetworks: dict[str, MetaNetwork | None], layout: Layout
+    job: Job, base: nn.Module, start: nn.Module, metanetworks: dict[str, MetaNetwork | None], layout: Layout
 ) -> dict[str, list[tuple[float, float]]]:
     """Validation accuracy against speed-up, without fine-tuning, batch norms recalibrated."""
     curve: dict[str, list[tuple[float, float]]] = {}
     with track("accuracy against speed-up", len(metanetworks) * CURVE_POINTS) as advance:
         for name, metanetwork in metanetworks.items():
             model = job.rewrite(start, metanetwork, layout)
-            curve[name] = _curve_of(job, model, advance)
+            curve[name] = _curve_of(job, model, cost(base, job.example), advance)
     return curve
 
 
-def _curve_of(job: Job, model: nn.Module, advance: Any) -> list[tuple[float, float]]:
-    graph = to_graph(model, job.example, layout=job.layout)
+def _curve_of(job: Job, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
+    graph = job.graph(model)
     coupled = couplings(graph.spec)
     masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, job.recipe.prune, job.recipe.criterion))
-    before = cost(model, job.example)
-    points = [(1.0, evaluate(model, job.data.val, limit=CURVE_IMAGES).accuracy)]
+    points = [
+        (before.flops / cost(model, job.example).flops, evaluate(model, job.data.val, limit=CURVE_IMAGES).accuracy)
+    ]
     for number in torch.linspace(0, len(masks) - 1, CURVE_POINTS).round().int().tolist():
         smaller = remove(model, graph.spec, masks[number], job.example, coupled=coupled)
         recalibrate(smaller, job.data.train, job.recipe.prune.recalibrate, seed=job.recipe.seed)

@@ -58,6 +58,13 @@ class Call:
         """The arguments that are parameters or were made from parameters alone."""
         return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Parameters)]
 
+    def freeze_beside_constants(self) -> None:
+        """Forbid to prune activations that meet a tensor of fixed size: it would not follow the pruned network."""
+        leaves = tree_flatten((self.args, self.kwargs))[0]
+        if self.parameters or any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in leaves):
+            for flow in self.flows:
+                self.builder.freeze(flow.ids.flatten(), f"meets a constant in {self.name or 'the network'}")
+
     def output(self, channels: Tensor, axis: int, stage: str = "closed") -> Flow:
         """The result: `channels` along one axis."""
         return Flow(spread(channels, self.shape, axis), stage, self.uses)

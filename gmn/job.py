@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,11 @@ from gmn.checkpoint import (
     save_model,
 )
 from gmn.convert import layouts, to_graph, to_model
+from gmn.costs import cost
 from gmn.criteria import Importance
 from gmn.data import Augment, Data, load_data
 from gmn.errors import GmnError
+from gmn.graph import NetworkGraph
 from gmn.groups import couplings
 from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
@@ -38,7 +41,7 @@ from gmn.training import evaluate, fit, make_optimizer, recalibrate
 class Job:
     """A recipe at work in a run folder: the data, and the networks it makes on the way."""
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
+    def __init__(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> None:
         self.recipe, self.run = recipe, run
         self.device = choose_device(recipe.device)
         settings = recipe.data.model_dump(exclude={"augment"})
@@ -55,14 +58,23 @@ class Job:
         preset = layouts()[recipe.graph.layout]
         choices = recipe.graph.model_dump(include={"kernels", "identities"}, exclude_none=True)
         self.layout: Layout = dataclasses.replace(preset, **choices)
-        self._rehearse()
+        self._rehearse(learnt)
         run.start()
 
-    def _rehearse(self) -> None:
-        """Build, convert and prune once, before hours of training end in a target that is out of reach."""
-        model = self.built(0)
-        graph = to_graph(model, self.example, layout=self.layout)
-        prune_to(model, graph, self.example, self.recipe.prune, self.recipe.criterion)
+    def graph(self, model: nn.Module, layout: Layout | None = None) -> NetworkGraph:
+        """The graph of a network, in the recipe's layout or another one."""
+        return to_graph(model, self.example, layout=layout or self.layout, on_unknown=self.recipe.graph.on_unknown)
+
+    def _rehearse(self, learnt: tuple[MetaNetwork, Layout] | None) -> None:
+        """Build, convert, prune, and meet the metanetwork once, before hours of training end in an error."""
+        model, settings = self.built(0), self.recipe.prune
+        before = cost(model, self.example)
+        if learnt:
+            learnt[0].check(self.graph(model, learnt[1]).spec)
+        if self.recipe.data_models.initial_speed_up > 1:
+            initial = settings.model_copy(update={"speed_up": self.recipe.data_models.initial_speed_up})
+            model = prune_to(model, self.graph(model), self.example, initial, self.recipe.criterion).model
+        prune_to(model, self.graph(model), self.example, settings, self.recipe.criterion, before=before)
 
     # -- networks ------------------------------------------------------------------------------------------------------
 
@@ -99,7 +111,7 @@ class Job:
 
     def initially_pruned(self, model: nn.Module, index: int) -> nn.Module:
         """The network after its initial pruning and fine-tuning, if the recipe has them."""
-        settings = self.recipe.data_models
+        settings, model = self.recipe.data_models, copy.deepcopy(model)
         if settings.initial_speed_up > 1:
             model = self.prune(model, settings.initial_speed_up).model
         if settings.initial_fit:
@@ -118,7 +130,7 @@ class Job:
     def prune(self, model: nn.Module, speed_up: float, before: Any = None) -> Any:
         """Prune to a speed-up and recompute the batch norms' statistics."""
         settings = self.recipe.prune.model_copy(update={"speed_up": speed_up})
-        graph = to_graph(model, self.example, layout=self.layout)
+        graph = self.graph(model)
         pruned = prune_to(model, graph, self.example, settings, self.recipe.criterion, before=before)
         recalibrate(pruned.model, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
         return pruned
@@ -127,7 +139,7 @@ class Job:
 
     def subject(self, model: nn.Module) -> DataModel:
         """A data model with its graph and its scores' bookkeeping."""
-        graph = to_graph(model, self.example, layout=self.layout)
+        graph = self.graph(model)
         importance = Importance(graph.spec, couplings(graph.spec), self.recipe.criterion)
         return DataModel(model, graph, importance)
 
@@ -215,7 +227,7 @@ class Job:
 
     def rewrite(self, model: nn.Module, metanetwork: MetaNetwork | None, layout: Layout) -> nn.Module:
         """Network -> graph -> metanetwork -> graph -> network; the batch norms keep their running statistics."""
-        graph = to_graph(model, self.example, layout=layout)
+        graph = self.graph(model, layout)
         if metanetwork is not None:
             with torch.no_grad():
                 graph = metanetwork(graph)
@@ -226,6 +238,8 @@ def choose_device(name: str) -> torch.device:
     """`auto` takes the accelerator if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise GmnError("no CUDA device", got=f"device: {name}", hint="use device: auto or cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices"
+        raise GmnError("no such device", expected=name, got=found, hint="use device: auto or cpu")
+    return device

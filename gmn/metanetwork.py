@@ -73,7 +73,7 @@ class MetaNetwork(nn.Module):
             ConversionError: if the graph has other node features, or a kind of edge this metanetwork never learnt.
         """
         spec = graph.spec
-        self._check(spec)
+        self.check(spec)
         nodes = self.node_encoder(graph.node_features)
         edges = [self.edge_encoders[b.kind](e) for b, e in zip(spec.blocks, graph.edge_features, strict=True)]
         for layer in self.layers:
@@ -97,7 +97,8 @@ class MetaNetwork(nn.Module):
         result: tuple[Tensor, list[Tensor]] = layer(nodes, edges, blocks)
         return result
 
-    def _check(self, spec: GraphSpec) -> None:
+    def check(self, spec: GraphSpec) -> None:
+        """Raise ConversionError unless this metanetwork can read such a graph."""
         if len(spec.columns) != self.config.node_features:
             raise ConversionError(
                 "the graph is for another metanetwork",

@@ -38,4 +38,6 @@ def prune_recipe(
     """Prune the recipe's network with a saved metanetwork; returns the report."""
     metanetwork, layout, _ = load_metanetwork(meta)
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    return compare(Job(recipe, run), metanetwork, layout)
+    job = Job(recipe, run, (metanetwork, layout))
+    run.adopt(meta)
+    return compare(job, metanetwork.to(job.device), layout)

@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 
+from gmn.checkpoint import write_atomic
+
 COLOURS = {"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"}
 CURVES = {"with metanetwork": COLOURS["metanetwork"], "without": COLOURS["same-schedule"]}
 
@@ -62,7 +64,11 @@ def meta_training(report: dict[str, Any], path: Path) -> Path:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.suptitle(f"{report['recipe']}: meta-training")
-    figure.savefig(path, dpi=120)
+    return _save(figure, path)
+
+
+def _save(figure: matplotlib.figure.Figure, path: Path) -> Path:
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     return path
 
 
@@ -70,5 +76,4 @@ def _finish(figure: matplotlib.figure.Figure, axes: Any, path: Path) -> Path:
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, path)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gmn.checkpoint import load_json, save_json, save_text
+from gmn.checkpoint import load_json, save_bytes, save_json, save_text, write_atomic
 from gmn.errors import CheckpointError, GmnError
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
@@ -43,6 +43,10 @@ class Run:
     def __init__(self, folder: Path, recipe: str, *, resume: bool = False, overwrite: bool = False) -> None:
         self.folder, self.recipe = folder, recipe
         saved = folder / "recipe.yaml"
+        if resume and overwrite:
+            raise GmnError("--resume and --overwrite exclude each other", where=str(folder))
+        if folder.exists() and not folder.is_dir():
+            raise GmnError("the run folder is a file", got=str(folder), hint="give another with --run")
         self.replaces = saved.is_file() and overwrite
         if folder.exists() and not saved.is_file() and any(folder.iterdir()):
             hint = "give another with --run"
@@ -59,14 +63,25 @@ class Run:
         if self.replaces:
             shutil.rmtree(self.folder)
         if not (self.folder / "recipe.yaml").is_file():
+            save_text(self.folder / "recipe.yaml", self.recipe)  # first: it marks the folder as a run's
             save_json(self.folder / "environment.json", environment())
-            save_text(self.folder / "recipe.yaml", self.recipe)
+
+    def adopt(self, metanetwork: Path) -> None:
+        """Keep a copy of the metanetwork; GmnError if the run was begun with another one."""
+        mine = self.folder / "metanetwork.safetensors"
+        if not mine.is_file():
+            write_atomic(mine, lambda temporary: save_bytes(temporary, metanetwork.read_bytes()))
+        elif mine.read_bytes() != metanetwork.read_bytes():
+            hint = "start anew with --overwrite"
+            raise GmnError("cannot resume with another metanetwork", got=str(metanetwork), hint=hint)
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        path = self.folder / "metrics.jsonl"
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + line + "\n")  # a killed run may have left half a line
 
     def logger(self, event: str, **labels: Any) -> Callable[[dict[str, float]], None]:
         """A function that logs metrics under an event and fixed labels."""

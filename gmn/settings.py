@@ -39,8 +39,12 @@ class Data(Section):
     test: str | None = Field(default=None, description="parquet files of the test images, a glob")
     image: str = Field(default="img", description="parquet column of the image")
     label: str = Field(default="label", description="parquet column of the class")
-    validation: float = Field(default=0.1, gt=0, lt=1, description="share of images held out to choose with")
-    validation_from: Literal["train", "test"] = Field(default="train", description="images the held-out share is of")
+    validation: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the training images held out to choose with"
+    )
+    validation_from: Literal["train", "test"] = Field(
+        default="train", description="train: that share of the training images; test: every other test image"
+    )
     mean: list[float] | None = Field(default=None, description="per channel, subtracted; null: the data set's own")
     std: list[float] | None = Field(default=None, description="per channel, divided by; null: the data set's own")
     limit: int | None = Field(default=None, ge=1, description="use at most so many images of each split")
@@ -117,6 +121,9 @@ class Graph(Section):
     kernels: Literal["padded", "per-size"] | None = Field(
         default=None, description="pad kernels to the largest, or one encoder per size"
     )
+    on_unknown: Literal["error", "keep"] = Field(
+        default="error", description="layers without a rule: refuse, or carry them through and never prune around them"
+    )
     identities: Literal["dense", "diagonal"] | None = Field(
         default=None, description="residual connections: edges between all channels, or only i to i"
     )
@@ -145,7 +152,9 @@ class MetaTrain(Section):
     milestones: list[Positive] = Field(default_factory=list, description="epochs at which lr is multiplied by gamma")
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor at a milestone")
     pruner_reg: float = Field(default=10.0, ge=0, description="weight of the sparsity loss")
-    scale_invariant: bool = Field(default=True, description="differentiate the normaliser too; the paper: false")
+    scale_invariant: bool = Field(
+        default=True, description="divide by the mean of a group and differentiate it; the paper: false"
+    )
     bf16: bool = Field(default=False, description="forward pass of the new network in bfloat16")
 
     @model_validator(mode="after")
@@ -172,7 +181,7 @@ class Prune(Section):
     recalibrate: int = Field(
         default=0,
         ge=0,
-        description="images to recompute BN statistics, after metanetwork and pruning; 0: off",
+        description="images to recompute BN statistics with, after pruning; 0: off",
     )
 
 
@@ -223,6 +232,20 @@ class Recipe(Section):
         if self.data_models.fit is None and not self.network.may_be_trained:
             raise ValueError(
                 "nothing trains the network: give trained weights in network.weights, or a training in data_models.fit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        models = self.data_models
+        if models.train + models.val > 1 and not (models.fit or models.initial_fit or ":" in self.network.name):
+            raise ValueError(
+                "several data models without a training are all the same: give data_models.fit, or train 1"
+            )
+        if models.initial_speed_up >= self.prune.speed_up:
+            raise ValueError(
+                f"prune.speed_up ({self.prune.speed_up:g}) counts from before the initial pruning"
+                f" and must be above data_models.initial_speed_up ({models.initial_speed_up:g})"
             )
         return self
 

@@ -60,6 +60,8 @@ def remove(
     }.items():
         if isinstance(modules[norm], _NORMS):
             _cut(tp.prune_batchnorm_out_channels, modules[norm], ~mask.keep[nodes[0] : sum(nodes)])
+    for name, parameter in model.named_parameters():
+        smaller.get_parameter(name).requires_grad_(parameter.requires_grad)  # torch-pruning makes new ones
     _prove(smaller, example_inputs)
     return smaller
 
@@ -94,7 +96,8 @@ def _prove(model: nn.Module, example_inputs: Any) -> None:
             model(*args, **kwargs)
         except RuntimeError as error:
             message = str(error).strip().split("\n")[0]
-            raise PruningError("the pruned network does not run", got=message) from error
+            hint = "a size written in its code, such as view(-1, 1024)? flatten(1) follows the channels"
+            raise PruningError("the pruned network does not run", got=message, hint=hint) from error
 
 
 def shapes(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -125,7 +128,11 @@ def resize(model: nn.Module, sizes: dict[str, dict[str, int]]) -> nn.Module:
             shape = _resized(module, key, tensor)
             if shape != tuple(tensor.shape):
                 empty = tensor.detach().new_zeros(shape)
-                setattr(module, key, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty)
+                setattr(
+                    module,
+                    key,
+                    nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty,
+                )
     return model
 
 

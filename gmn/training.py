@@ -42,7 +42,7 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
     model.eval()
     right, loss, count = 0, 0.0, 0
     with torch.no_grad():
-        for images, labels in split.batches(batch_size, limit=limit):
+        for images, labels in _some(split, limit).batches(batch_size):
             logits = model(images)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
@@ -51,10 +51,20 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
     return Evaluation(right / count, loss / count)
 
 
+def _some(split: Split, limit: int | None) -> Split:
+    """At most `limit` images, evenly spaced: files are often sorted by class."""
+    count = len(split)
+    return split if limit is None or limit >= count else split.subset(torch.arange(limit) * count // limit)
+
+
 def recalibrate(model: nn.Module, split: Split, images: int, *, seed: int = 0) -> None:
     """Compute the running statistics of all batch norms anew from some training images, in place; 0: do nothing."""
-    if images:
-        batches = split.batches(min(250, images), generator=generator(seed, 0), limit=images)
+    if not images:
+        return
+    size = min(250, images, len(split))  # whole batches only: one image has no variance
+    batches = split.batches(size, generator=generator(seed, 0), limit=images, drop_last=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout before a norm
         update_bn((batch for batch, _ in batches), model)
 
 

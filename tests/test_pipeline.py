@@ -19,6 +19,7 @@ import torch
 
 import gmn
 from gmn import checkpoint, pipeline
+from gmn.job import Job
 from gmn.recipe import dump_recipe, load_recipe
 from gmn.run import Run, load_report
 from gmn.settings import Recipe
@@ -104,7 +105,13 @@ def test_a_saved_metanetwork_prunes_a_new_network(
     report = pipeline.prune_recipe(recipe, tmp_path / "new", finished[0] / "metanetwork.safetensors")
     assert report["base"]["test_accuracy"] != finished[1]["base"]["test_accuracy"]
     assert report["meta_train"] == []
-    assert all(1.8 <= result["speed_up"] < 2.1 for result in report["results"])
+    other = tmp_path / "other.safetensors"
+    network, layout, _ = checkpoint.load_metanetwork(finished[0] / "metanetwork.safetensors")
+    network.node_encoder.bias.data.add_(1.0)
+    checkpoint.save_metanetwork(other, network, layout)
+    with pytest.raises(gmn.GmnError, match="another metanetwork"):
+        pipeline.prune_recipe(recipe, tmp_path / "new", other, resume=True)
+    assert all(1.8 <= result["speed_up"] < 2.3 for result in report["results"])
 
 
 def test_prune_in_python(finished: tuple[Path, dict[str, Any]], tiny_recipe: Recipe) -> None:
@@ -133,6 +140,11 @@ def test_a_run_folder_is_not_replaced_by_accident(tmp_path: Path, tiny_recipe: R
         Run(tmp_path / "run", text)
     with pytest.raises(gmn.GmnError, match=r"another recipe.*'seed: 3' instead of 'seed: 0'"):
         Run(tmp_path / "run", dump_recipe(tiny_recipe.model_copy(update={"seed": 3})), resume=True)
+    with pytest.raises(gmn.GmnError, match="exclude each other"):
+        Run(tmp_path / "run", text, resume=True, overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(gmn.GmnError, match="is a file"):
+        Run(tmp_path / "file", text)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(gmn.GmnError, match="not a run folder"):
@@ -177,3 +189,23 @@ def test_a_pruned_network_is_saved_and_rebuilt(tmp_path: Path, name: str) -> Non
     gmn.save_model(tmp_path, pruned, {"name": name, "num_classes": 7, "in_channels": 3, "options": {}})
     with torch.no_grad():
         assert torch.equal(gmn.load_model(tmp_path)(images), pruned(images))
+
+
+def test_the_base_is_not_touched_by_the_initial_fine_tuning(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    models = tiny_recipe.data_models.model_copy(update={"initial_speed_up": 1.0})
+    job = Job(tiny_recipe.model_copy(update={"data_models": models}), Run(tmp_path / "run", "recipe"))
+    base = job.built(0)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    tuned = job.initially_pruned(base, 0)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    assert not torch.equal(tuned.state_dict()["conv1.weight"], before["conv1.weight"])
+
+
+def test_a_line_torn_by_a_killed_run_does_no_harm(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", "recipe")
+    run.start()
+    run.log("select", epoch=1)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "sel')
+    run.log("select", epoch=2)
+    assert [entry["epoch"] for entry in run.events("select")] == [1, 2]

@@ -171,3 +171,18 @@ def test_recipes_do_not_change_after_loading(write) -> None:
 def test_pretrained_builders_need_no_training(write) -> None:
     untrained = ["data_models.fit=null", "network.options={pretrained: true}"]
     assert load_recipe(write(), untrained).data_models.fit is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data_models.initial_speed_up=3"], r"must be above data_models.initial_speed_up \(3\)"),
+        (
+            ["data_models.fit=null", "data_models.initial_fit=null", "network.weights=w.pt"],
+            r"several data models without a training are all the same",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("quickstart", overrides)

@@ -105,3 +105,25 @@ def test_evaluation_restores_the_mode() -> None:
     network = small_network().train()
     evaluate(network, dark_and_bright())
     assert network.training
+
+
+def test_recalibration_is_deterministic_and_drops_a_single_last_image() -> None:
+    torch.manual_seed(0)
+    body = [nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 2)]
+    network = nn.Sequential(*body)
+    split = dark_and_bright(251)
+    means = []
+    for _ in range(2):
+        recalibrate(network, split, 251, seed=4)
+        means.append(network[3].running_mean.clone())  # type: ignore[operator, union-attr]
+    assert torch.equal(*means)
+
+
+def test_a_limited_evaluation_takes_images_from_everywhere() -> None:
+    split = dark_and_bright()
+    by_class = split.subset(split.labels.argsort())  # as in folders of images
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        network[1].weight.zero_()
+        network[1].bias.copy_(torch.tensor([1.0, 0.0]))  # always says class 0
+    assert evaluate(network, by_class, limit=32).accuracy == 0.5

@@ -1,0 +1,108 @@
+"""What users meet at the edges of `gmn.prune`.
+
+* layers that surgery cannot cut, constants of fixed size and layers without a rule stay whole, and the rest is pruned
+* frozen parameters stay frozen
+* mistakes are one clear sentence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gmn
+from gmn import convert
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Twice(nn.Module):
+    """A layer that no library knows: twice a matrix product."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x @ self.weight.T
+
+
+def network(*middle: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *middle, nn.Linear(8, 4))
+
+
+@pytest.fixture
+def rule_for_twice() -> Iterator[None]:
+    @gmn.register_converter(Twice)
+    class TwiceConverter(gmn.Converter):
+        def encode(self, call: gmn.Call) -> gmn.Flow:
+            source = call.flows[0].channels(-1)
+            nodes = call.builder.add_nodes(call.name, len(source), "linear", source)
+            shape = (1, len(source), len(source), 1)
+            call.builder.add_weight(f"{call.name}.weight", source, nodes, shape=shape, kernel=(1,))
+            return call.output(call.builder.ids(nodes), -1, "raw")
+
+    yield
+    del convert._MODULES[Twice]
+
+
+def test_a_layer_of_ones_own_is_converted_and_stays_whole(rule_for_twice: None) -> None:
+    pruned = gmn.prune(network(Twice(8)), IMAGES, speed_up=1.5).model
+    assert pruned[0].out_channels < 8  # type: ignore[index, operator]
+    assert pruned[4].out_channels == pruned[8].weight.shape[0] == 8  # type: ignore[index, union-attr]
+
+
+def test_a_layer_without_a_rule_is_kept_on_request() -> None:
+    with pytest.raises(gmn.GmnError, match=r"no rule for Twice '8'.*on_unknown='keep'"):
+        gmn.prune(network(Twice(8)), IMAGES, speed_up=1.5)
+    pruned = gmn.prune(network(Twice(8)), IMAGES, speed_up=1.5, on_unknown="keep").model
+    assert pruned[4].out_channels == pruned[9].in_features == 8  # type: ignore[index, union-attr]
+
+
+class Shifted(nn.Module):
+    """A constant per channel, which no surgery knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.register_buffer("shift", torch.ones(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body[0](x) + self.shift
+        return F.log_softmax(self.body[1:](x), dim=1)
+
+
+def test_channels_that_meet_a_constant_stay_whole() -> None:
+    pruned = gmn.prune(Shifted(), IMAGES, speed_up=1.5).model
+    assert pruned.body[0].out_channels == 8  # type: ignore[union-attr, index]
+    assert pruned.body[2].out_channels < 8  # type: ignore[union-attr, index, operator]
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    pruned = gmn.prune(model, IMAGES, speed_up=1.5).model
+    flags = {name: parameter.requires_grad for name, parameter in pruned.named_parameters()}
+    assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speed_up": 0.5}, r"expected speed_up above 1.*got speed_up=0\.5"),
+        ({"max_ratio": 1.5}, r"max_ratio between 0 and 1"),
+        ({"speed_up": 1e6}, r"out of reach.*max_ratio"),
+        ({"example_inputs": torch.zeros(1, 5, 8, 8)}, r"does not run on the example inputs.*\(1, 5, 8, 8\)"),
+    ],
+)
+def test_mistakes_are_one_sentence(changes: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"example_inputs": IMAGES, "speed_up": 1.5, **changes}
+    with pytest.raises(gmn.GmnError, match=message) as caught:
+        gmn.prune(network(), **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
