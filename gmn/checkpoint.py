@@ -44,16 +44,16 @@ def save_json(path: Path, content: Any) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
+    save_bytes(path, text.encode())
 
 
 def save_bytes(path: Path, content: bytes) -> None:
-    """Write bytes; use with `write_atomic`."""
-    path.write_bytes(content)
+    """Write a file, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomic(path, write)
 
 
 def load_json(path: Path) -> Any:

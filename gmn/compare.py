@@ -80,7 +80,7 @@ def _row(
         before = cost(base, job.example)
         stages: dict[str, float] = {}
         if row == "direct":
-            model, fits = job.prune(base, job.recipe.prune.speed_up).model, [_merged(job)]
+            model, tuning = job.prune(base, job.recipe.prune.speed_up).model, _merged(job)
             stages["pruned"] = evaluate(model, job.data.val).accuracy
         else:
             model = job.rewrite(start, metanetwork, layout)
@@ -90,9 +90,8 @@ def _row(
                 stages["fine-tuned"] = evaluate(model, job.data.val).accuracy
             model = job.prune(model, job.recipe.prune.speed_up, before).model
             stages["pruned"] = evaluate(model, job.data.val).accuracy
-            fits = [job.recipe.finetune.after_prune]
-        for settings in fits:
-            job.fit(model, settings, 600 + seed, f"{row} seed {seed}: fine-tuning after pruning")
+            tuning = job.recipe.finetune.after_prune
+        job.fit(model, tuning, 600 + seed, f"{row} seed {seed}: fine-tuning after pruning")
         facts = {"row": row, "seed": seed, "stages": stages, **_measure(job, model, before)}
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.log("result", **facts)

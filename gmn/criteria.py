@@ -119,11 +119,7 @@ def _members(spec: GraphSpec, coupled: Couplings) -> list[_Member]:
     """Every parameter slice that counts: weights by output and by input channel, and norm weights."""
     members: list[_Member] = []
     makers: set[int] = set()
-    weights: dict[str, list[EdgeSlot]] = {}
-    for slot in spec.edge_slots:
-        weights.setdefault(slot.param, []).append(slot)
-    for param, slots in weights.items():
-        slots = sorted(slots, key=lambda slot: slot.inputs[0])
+    for param, slots in spec.weights().items():
         block = spec.blocks[slots[0].block]
         made = coupled.channel[block.dst[0] : sum(block.dst)]
         first = torch.tensor([int(c) not in makers for c in made])
@@ -131,7 +127,7 @@ def _members(spec: GraphSpec, coupled: Couplings) -> list[_Member]:
         members.append(_Member(param, 0, slots[0], made, first))
         if block.form == "diagonal":
             continue  # a depthwise kernel belongs to one channel: counted once
-        read = torch.cat([coupled.channel[spec.blocks[s.block].src[0] : sum(spec.blocks[s.block].src)] for s in slots])
+        read = coupled.channel[spec.read_by(slots)]
         members.append(_Member(param, 1, slots[0], read, torch.zeros(len(read), dtype=torch.bool)))
     for node in spec.node_slots:
         if spec.columns[node.column].endswith("norm.weight"):

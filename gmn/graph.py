@@ -135,6 +135,18 @@ class GraphSpec:
         """Kinds of edges and the number K of features of each; one encoder per kind."""
         return {block.kind: block.shape[3] for block in self.blocks}
 
+    def weights(self) -> dict[str, list[EdgeSlot]]:
+        """The addresses of every weight, its pieces in the order of their input channels."""
+        homes: dict[str, list[EdgeSlot]] = defaultdict(list)
+        for slot in sorted(self.edge_slots, key=lambda slot: slot.inputs[0]):
+            homes[slot.param].append(slot)
+        return {slot.param: homes[slot.param] for slot in self.edge_slots}  # in the order of the blocks
+
+    def read_by(self, slots: list[EdgeSlot]) -> Tensor:
+        """Nodes of all input channels of a weight, in order."""
+        ranges = [self.blocks[slot.block].src for slot in slots]
+        return torch.cat([torch.arange(start, start + size) for start, size in ranges])
+
     def edge_index(self) -> Tensor:
         """[2, E]: source and target of every edge, blocks in order, row-major over [G, O, I]."""
         return torch.cat([block_edges(block) for block in self.blocks], dim=1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gmn.errors import PruningError
-from gmn.graph import EdgeBlock, GraphSpec, NodeGroup, block_edges
+from gmn.graph import EdgeBlock, GraphSpec, block_edges, group_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def couplings(spec: GraphSpec) -> Couplings:
         0, channel, torch.arange(spec.num_nodes), "amin"
     )
     group = _groups(spec, channel, len(first_node))
-    owner = [_owner(spec, int(first_node[(group == g).nonzero()[0, 0]])) for g in range(int(group.max()) + 1)]
+    owner = [group_of(spec, int(first_node[(group == g).nonzero()[0, 0]])) for g in range(int(group.max()) + 1)]
     names = tuple(node_group.name for node_group in owner)
     return Couplings(channel, group, names, _frozen(spec, channel, group))
 
@@ -140,25 +140,15 @@ def _groups(spec: GraphSpec, channel: Tensor, channels: int) -> Tensor:
     return _components(channels, torch.cat(pairs, dim=1)).unique(return_inverse=True)[1]
 
 
-def _owner(spec: GraphSpec, node: int) -> NodeGroup:
-    return next(group for group in spec.groups if group.start <= node < group.start + group.size)
-
-
 def _frozen(spec: GraphSpec, channel: Tensor, group: Tensor) -> dict[int, str]:
     """Groups that must stay: ends of the network, what has no rule, and what surgery cannot follow."""
     weights = parametric(spec)
     ranges = list(spec.frozen)
     for index, block in enumerate(spec.blocks):
         if block.form == "grouped":
-            ranges += [
-                (block.src, f"grouped convolution {block.name}"),
-                (block.dst, f"grouped convolution {block.name}"),
-            ]
+            ranges += [(side, f"grouped convolution {block.name}") for side in (block.src, block.dst)]
         if index not in weights and _is_padded(spec, block):
-            ranges += [
-                (block.src, f"zero-padded shortcut {block.name}"),
-                (block.dst, f"zero-padded shortcut {block.name}"),
-            ]
+            ranges += [(side, f"zero-padded shortcut {block.name}") for side in (block.src, block.dst)]
     frozen: dict[int, str] = {}
     for (start, size), reason in ranges:
         for g in group[channel[start : start + size]].unique().tolist():
@@ -168,7 +158,7 @@ def _frozen(spec: GraphSpec, channel: Tensor, group: Tensor) -> dict[int, str]:
 
 def _is_padded(spec: GraphSpec, block: EdgeBlock) -> bool:
     """An identity into only some channels of a sum: the code pads with zeros, by a number that no weight tells."""
-    target = _owner(spec, block.dst[0])
+    target = group_of(spec, block.dst[0])
     covered = sum(
         b.dst[1] for b in spec.blocks if b.name == block.name and target.start <= b.dst[0] < target.start + target.size
     )

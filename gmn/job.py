@@ -22,7 +22,7 @@ from gmn.checkpoint import (
     save_model,
 )
 from gmn.convert import layouts, to_graph, to_model
-from gmn.costs import cost
+from gmn.costs import Cost, cost
 from gmn.criteria import Importance
 from gmn.data import Augment, Data, load_data
 from gmn.errors import GmnError
@@ -32,7 +32,7 @@ from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
-from gmn.ranking import prune_to
+from gmn.ranking import Pruned, prune_to
 from gmn.run import Run
 from gmn.settings import Recipe
 from gmn.training import evaluate, fit, make_optimizer, recalibrate
@@ -67,14 +67,13 @@ class Job:
 
     def _rehearse(self, learnt: tuple[MetaNetwork, Layout] | None) -> None:
         """Build, convert, prune, and meet the metanetwork once, before hours of training end in an error."""
-        model, settings = self.built(0), self.recipe.prune
+        model = self.built(0)
         before = cost(model, self.example)
         if learnt:
             learnt[0].check(self.graph(model, learnt[1]).spec)
         if self.recipe.data_models.initial_speed_up > 1:
-            initial = settings.model_copy(update={"speed_up": self.recipe.data_models.initial_speed_up})
-            model = prune_to(model, self.graph(model), self.example, initial, self.recipe.criterion).model
-        prune_to(model, self.graph(model), self.example, settings, self.recipe.criterion, before=before)
+            model = self._cut(model, self.recipe.data_models.initial_speed_up).model
+        self._cut(model, self.recipe.prune.speed_up, before)
 
     # -- networks ------------------------------------------------------------------------------------------------------
 
@@ -127,11 +126,13 @@ class Job:
         log = self.run.logger("fit", title=title)
         fit(model, self.data.train, settings, seed=self.seed(index), augment=self.augment, title=title, log=log)
 
-    def prune(self, model: nn.Module, speed_up: float, before: Any = None) -> Any:
-        """Prune to a speed-up and recompute the batch norms' statistics."""
+    def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
         settings = self.recipe.prune.model_copy(update={"speed_up": speed_up})
-        graph = self.graph(model)
-        pruned = prune_to(model, graph, self.example, settings, self.recipe.criterion, before=before)
+        return prune_to(model, self.graph(model), self.example, settings, self.recipe.criterion, before=before)
+
+    def prune(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
+        """Prune to a speed-up and recompute the batch norms' statistics."""
+        pruned = self._cut(model, speed_up, before)
         recalibrate(pruned.model, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
         return pruned
 

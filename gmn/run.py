@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gmn.checkpoint import load_json, save_bytes, save_json, save_text, write_atomic
+from gmn.checkpoint import load_json, save_bytes, save_json, save_text
 from gmn.errors import CheckpointError, GmnError
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
@@ -70,7 +70,7 @@ class Run:
         """Keep a copy of the metanetwork; GmnError if the run was begun with another one."""
         mine = self.folder / "metanetwork.safetensors"
         if not mine.is_file():
-            write_atomic(mine, lambda temporary: save_bytes(temporary, metanetwork.read_bytes()))
+            save_bytes(mine, metanetwork.read_bytes())
         elif mine.read_bytes() != metanetwork.read_bytes():
             hint = "start anew with --overwrite"
             raise GmnError("cannot resume with another metanetwork", got=str(metanetwork), hint=hint)

@@ -50,11 +50,8 @@ def remove(
     mask.validate(spec, coupled or couplings(spec))
     smaller = copy.deepcopy(model)
     modules = dict(smaller.named_modules())
-    inputs: dict[str, list[EdgeSlot]] = {}
-    for slot in spec.edge_slots:
-        inputs.setdefault(slot.param, []).append(slot)
-    for param, slots in inputs.items():
-        _cut_layer(modules, param, sorted(slots, key=lambda slot: slot.inputs[0]), spec, mask.keep)
+    for param, slots in spec.weights().items():
+        _cut_layer(modules, param, slots, spec, mask.keep)
     for norm, nodes in {
         s.param.rpartition(".")[0]: s.nodes for s in spec.node_slots if spec.columns[s.column] != "bias"
     }.items():
@@ -71,7 +68,7 @@ def _cut_layer(modules: dict[str, nn.Module], param: str, slots: list[EdgeSlot],
     block = spec.blocks[slots[0].block]
     layer = modules[param.rpartition(".")[0]]
     rows = ~keep[block.dst[0] : sum(block.dst)]
-    cols = torch.cat([~keep[spec.blocks[s.block].src[0] : sum(spec.blocks[s.block].src)] for s in slots])
+    cols = ~keep[spec.read_by(slots)]
     if isinstance(layer, _CONVS) and block.form == "diagonal":
         _cut(tp.prune_depthwise_conv_out_channels, layer, rows)
     elif isinstance(layer, _CONVS):
