@@ -1,5 +1,5 @@
 """Rules that turn modules into graph nodes and edges, one family per file. Importing the package registers them."""
 
-from . import conv, linear, merge, movement, norm, pointwise
+from . import attention, conv, linear, merge, movement, norm, pointwise, products
 
-__all__ = ["conv", "linear", "merge", "movement", "norm", "pointwise"]
+__all__ = ["attention", "conv", "linear", "merge", "movement", "norm", "pointwise", "products"]

@@ -9,87 +9,116 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from gmn.builder import NO_NODE
-from gmn.convert import Call, Flow, register_function
-from gmn.errors import ConversionError
+from gmn.flow import NO_NODE, Flow, nothing
+from gmn.rules import Call, Parameters, register_function, words
 
 
-def _replay(call: Call, **changes: Any) -> Any:
-    func = Tensor.reshape if call.func is Tensor.view else call.func  # the ids' strides differ from the activation's
-    assert func is not None
-    ids = lambda leaf: leaf.ids if isinstance(leaf, Flow) else leaf  # noqa: E731
-    result = func(*tree_map(ids, call.args), **{**tree_map(ids, call.kwargs), **changes})
-    return tree_map(lambda leaf: Flow(leaf, "closed", call.uses) if isinstance(leaf, Tensor) else leaf, result)
+def _replay(call: Call) -> Any:
+    assert call.func is not None
+    ids = lambda leaf: _index(call, leaf) if isinstance(leaf, Parameters) else _ids(leaf)  # noqa: E731
+    result = call.func(*tree_map(ids, call.args), **tree_map(ids, call.kwargs))
+    scores = call.flows[0].scores
+    return tree_map(lambda x: Flow(x, uses=call.uses, scores=scores) if isinstance(x, Tensor) else x, result)
 
 
-@register_function(
-    *(
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "repeat",
-        "repeat_interleave",
-    ),
-    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "flip", "roll", "ravel"),
-    *(
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "narrow",
-        "select",
-        "__getitem__",
-        "__get__",
-        "index_select",
-    ),
-    *("expand_as", "view_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-)
+def _index(call: Call, leaf: Parameters) -> Any:
+    """A buffer of indices is itself; any other parameter carries no node."""
+    if leaf.origin is not None and not call.builder.tensor(leaf.origin).is_floating_point():
+        return call.builder.tensor(leaf.origin).reshape(leaf.shape)
+    return nothing(leaf.shape)
+
+
+def _ids(leaf: Any) -> Any:
+    """The node numbers of an activation; a parameter carries none."""
+    if isinstance(leaf, Parameters):
+        return nothing(leaf.shape)
+    return leaf.ids if isinstance(leaf, Flow) else leaf
+
+
+_RESHAPES = words("""
+    view reshape view_as reshape_as flatten unflatten ravel
+""")
+_EXPANSIONS = words("""
+    expand expand_as broadcast_to
+""")
+_MOVEMENTS = words("""
+    view reshape view_as reshape_as flatten unflatten ravel squeeze unsqueeze expand expand_as broadcast_to repeat
+    repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t flip fliplr roll rot90 diagonal
+    __get__ chunk split tensor_split unsafe_chunk hsplit vsplit dsplit unbind narrow select index_select __getitem__
+    pixel_shuffle pixel_unshuffle channel_shuffle
+""")
+
+
+@register_function(*_MOVEMENTS)
 def move(call: Call) -> Any:
     """Reshape, permute, split: the same call on the node numbers."""
-    if call.parameters:
-        return None
-    result = _replay(call)
+    if call.func is not None and call.func.__name__ in _RESHAPES:
+        result: Any = call.flows[0].closed(call.uses, call.flows[0].ids.reshape(call.shape))
+    elif call.func is not None and call.func.__name__ in _EXPANSIONS:
+        result = call.flows[0].closed(call.uses, call.args[0].ids.expand(call.shape))
+    elif len(call.flows) > 1 or any(p.origin is None for p in call.parameters):
+        return None  # an index that is computed
+    else:
+        result = _replay(call)
     for flow in tree_flatten(result)[0]:
         if isinstance(flow, Flow) and not _keeps_channels(call.flows[0], flow):
             # the sizes of the parts are written in the code: they would not follow a pruned network
-            call.builder.freeze(call.flows[0].ids.flatten(), f"split or regrouped by {call.name}")
+            call.builder.regroup(call.flows[0].nodes, f"split or regrouped by {call.name}")
     return result
 
 
 def _keeps_channels(before: Flow, after: Flow) -> bool:
     """Whether some axis still carries all channels in their order (perhaps flattened with the positions)."""
-    channels = _aligned(before)
-    if not channels:
-        return True  # regrouped earlier, and frozen there
-    return any(torch.equal(channels[0].unique_consecutive(), c.unique_consecutive()) for c in _aligned(after))
+    axis = before.channel_axis()
+    if axis is None:
+        return True  # regrouped earlier, and noted there; or nothing to lose
+    channels = before.channels(axis).unique_consecutive()
+    found = [after.aligned(a) for a in range(after.ids.dim())]
+    return any(c is not None and torch.equal(channels, c.unique_consecutive()) for c in found)
 
 
-def _aligned(flow: Flow) -> list[Tensor]:
-    """The channels along each axis that carries them."""
-    found = []
-    for axis in range(flow.ids.dim()):
-        try:
-            found.append(flow.channels(axis))
-        except ConversionError:
-            continue
-    return sorted((c for c in found if len(c) > 1), key=len, reverse=True)
-
-
-@register_function("cat", "concat", "concatenate", "stack")
+@register_function("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 def cat(call: Call) -> Any:
-    """Concatenation keeps the nodes of its parts; a part made of parameters alone carries no node."""
-    return None if call.parameters else _replay(call)
+    """Concatenation keeps the nodes of its parts; a part made of parameters carries none, such as a class token."""
+    if call.parameters:
+        dim = call.argument(1, "dim", 0)
+        if call.flows[0].channel_axis(-1) != dim % len(call.shape):
+            call.freeze_beside_constants()
+    return _replay(call)
+
+
+@register_function("__setitem__", "copy_", "masked_fill", "masked_fill_", "fill_", "zero_", "triu", "tril")
+def write(call: Call) -> Flow | None:
+    """Writing a part of an activation: what is written carries its own nodes, a constant none."""
+    first = call.args[0]
+    name = call.func.__name__ if call.func else ""
+    if name not in ("__setitem__", "copy_"):
+        return first.closed(call.uses) if isinstance(first, Flow) else None
+    ids = _ids(first) if isinstance(first, (Flow, Parameters)) else nothing(tuple(first.shape))
+    ids = ids.clone(memory_format=torch.contiguous_format)
+    value = call.args[-1] if name == "__setitem__" else call.args[1]
+    part = _ids(value) if isinstance(value, (Flow, Parameters)) else NO_NODE
+    ids[call.args[1] if name == "__setitem__" else ...] = part
+    call.freeze_beside_constants()
+    return Flow(ids, uses=call.uses)
+
+
+@register_function("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros")
+def fresh(call: Call) -> Flow:
+    """A new tensor of an activation's shape carries nothing of it."""
+    return Flow(nothing(call.shape), uses=call.uses)
+
+
+@register_function("new_ones", "new_empty", "new_full", "new_tensor")
+def fresh_too(call: Call) -> Flow:
+    """The same for tensors that only take the type."""
+    return fresh(call)
 
 
 @register_function("pad", "constant_pad_nd")
 def pad(call: Call) -> Any:
     """Padding with zeros adds positions that carry no node."""
-    flow, widths = call.args[0], call.args[1] if len(call.args) > 1 else call.kwargs["pad"]
-    mode = call.args[2] if len(call.args) > 2 else call.kwargs.get("mode", "constant")
-    if mode != "constant":
-        return Flow(F.pad(flow.ids.float(), widths, mode=mode).to(flow.ids.dtype), "closed", call.uses)
-    return Flow(F.pad(flow.ids, widths, value=NO_NODE), "closed", call.uses)
+    flow, widths = call.args[0], call.argument(1, "pad")
+    if call.argument(2, "mode", "constant") != "constant":
+        return flow.closed(call.uses, F.pad(flow.ids.float(), widths, mode=call.argument(2, "mode")).to(torch.int32))
+    return flow.closed(call.uses, F.pad(flow.ids, widths, value=NO_NODE))

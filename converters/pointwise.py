@@ -2,80 +2,33 @@
 
 from __future__ import annotations
 
-from gmn.builder import NO_NODE
-from gmn.convert import Call, Flow, register_function
-from gmn.errors import ConversionError
+import dataclasses
+
+from gmn.flow import NO_NODE, Flow, nothing
+from gmn.rules import Call, register_function, words
+
+_ACTIVATIONS = words("""
+    relu relu_ relu6 relu6_ hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ selu celu gelu silu silu_ mish
+    hardswish hardswish_ hardsigmoid hardsigmoid_ sigmoid sigmoid_ tanh tanh_ softplus softsign logsigmoid threshold
+    abs exp sqrt pow __pow__ __rpow__ clamp clamp_ clip neg __neg__ square rsqrt log sin cos sign erf reciprocal
+    softmax log_softmax normalize to type half bfloat16 double float type_as nan_to_num cumsum __eq__ __ne__ __lt__
+    __gt__ __le__ __ge__ __invert__ logical_not bool
+""")
+_POOLS = words("""
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d interpolate grid_sample
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices upsample
+    upsample_nearest upsample_bilinear local_response_norm
+""")
 
 
-@register_function(
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardtanh_",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "selu",
-        "celu",
-    ),
-    *(
-        "gelu",
-        "silu",
-        "silu_",
-        "mish",
-        "hardswish",
-        "hardswish_",
-        "hardsigmoid",
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "tanh_",
-    ),
-    *(
-        "softplus",
-        "logsigmoid",
-        "abs",
-        "exp",
-        "sqrt",
-        "pow",
-        "__pow__",
-        "clamp",
-        "clamp_",
-        "neg",
-        "__neg__",
-        "float",
-    ),
-    *(
-        "square",
-        "to",
-        "type",
-        "half",
-        "bfloat16",
-        "double",
-        "type_as",
-        "threshold",
-        "rsqrt",
-        "log",
-        "relu6_",
-        "softmax",
-        "log_softmax",
-    ),
-)
+@register_function(*_ACTIVATIONS)
 def activation(call: Call) -> Flow | None:
     """A nonlinearity closes the layer: no later norm or residual can be merged into it."""
-    return None if call.parameters or len(call.flows) != 1 else Flow(call.flows[0].ids, "closed", call.uses)
-
-
-@register_function("mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__")
-def scale(call: Call) -> Flow | None:
-    """Multiplication with a constant; products of activations or with parameters need a rule of their own."""
-    if call.parameters or len(call.flows) != 1 or tuple(call.flows[0].ids.shape) != call.shape:
-        return None
-    call.freeze_beside_constants()
-    return Flow(call.flows[0].ids, "closed", call.uses)
+    flow = call.flows[0]
+    casts = call.func is not None and call.func.__name__ in ("to", "type_as")  # the second only lends its type
+    single = len(call.flows) == 1 or casts
+    return flow.closed(call.uses) if single and tuple(flow.ids.shape) == call.shape else None
 
 
 @register_function(
@@ -84,43 +37,30 @@ def scale(call: Call) -> Flow | None:
 )
 def identity(call: Call) -> Flow | None:
     """Does nothing in eval mode, so the layer before stays open."""
-    return None if call.parameters else Flow(call.flows[0].ids, call.flows[0].stage, max(call.uses, call.flows[0].uses))
+    return dataclasses.replace(call.flows[0], uses=max(call.uses, call.flows[0].uses))
 
 
-@register_function(
-    *(
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "interpolate",
-        "lp_pool2d",
-    ),
-    *(
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-    ),
-    *("upsample", "upsample_nearest", "upsample_bilinear"),
-)
-def pool(call: Call) -> Flow:
-    """Pooling and resizing keep the channels of axis 1 (after the batch)."""
-    return call.output(call.flows[0].channels(1), 1)
-
-
-@register_function("mean", "sum", "amax", "amin", "nanmean")
-def reduce(call: Call) -> Flow | None:
-    """A mean over positions keeps the channels; a mean over channels is refused."""
-    flow = call.flows[0]
-    dims = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", call.kwargs.get("axis"))
-    if dims is None or call.parameters:
+@register_function(*_POOLS)
+def pool(call: Call) -> Flow | None:
+    """Pooling and resizing keep the channels; along the axis after the batch, if there are several."""
+    axis = call.flows[0].channel_axis(1)
+    if axis is None or len(call.shape) != call.flows[0].ids.dim() or call.shape[axis] != call.flows[0].ids.shape[axis]:
         return None
-    keep = bool(call.args[2] if len(call.args) > 2 else call.kwargs.get("keepdim", False))
+    return call.output(call.flows[0].channels(axis), axis)
+
+
+@register_function("mean", "sum", "amax", "amin", "nanmean", "var", "std", "norm", "logsumexp", "linalg_vector_norm")
+def reduce(call: Call) -> Flow | None:
+    """A mean over positions keeps the channels; over channels it keeps none of them."""
+    flow, name = call.flows[0], call.func.__name__ if call.func else ""
+    dims = call.argument(2 if name in ("norm", "linalg_vector_norm") else 1, "dim", call.kwargs.get("axis"))
+    if call.parameters:
+        return None
+    dims = tuple(range(flow.ids.dim())) if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
     top = flow.ids.amax(dims, keepdim=True)
-    if not bool(((flow.ids == top) | (flow.ids == NO_NODE)).all()):
-        raise ConversionError(f"{call.func.__name__ if call.func else 'mean'} mixes channels", where=call.name)
-    return Flow(top if keep else flow.ids.amax(dims), "closed", call.uses)
+    ids = top.expand(call.shape) if len(call.shape) == top.dim() else flow.ids.amax(dims)
+    if bool(((flow.ids == top) | (flow.ids == NO_NODE)).all()):
+        return flow.closed(call.uses, ids)
+    call.builder.freeze(flow.nodes, f"{name} over channels in {call.name}")
+    slices = flow.ids.narrow(dims[0], 0, 1).amax(dims, keepdim=len(call.shape) == top.dim())
+    return Flow(slices if len(slices.unique()) > 1 else nothing(call.shape), uses=call.uses)

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from gmn.api import Meta, Result, load, prune
     from gmn.builder import Layout
     from gmn.checkpoint import load_model, save_model
-    from gmn.convert import Call, Converter, Flow, register_converter, register_function, to_graph, to_model
+    from gmn.convert import to_graph, to_model
     from gmn.costs import cost, latency
     from gmn.criteria import Importance
     from gmn.data import Augment, Data, load_data
     from gmn.errors import GmnError
+    from gmn.flow import Flow
     from gmn.graph import GraphSpec, NetworkGraph
     from gmn.groups import KeepMask, couplings
     from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
     from gmn.networks import build_network, load_weights
+    from gmn.rules import Call, Converter, register_converter, register_function
     from gmn.settings import Criterion, Fit, Prune
     from gmn.training import evaluate, fit, recalibrate
 
@@ -70,12 +72,12 @@ __all__ = [
 # where each name lives: loaded on first use, so that `gmn --help` need not wait for torch
 _HOMES = {
     "Augment": "gmn.data",
-    "Call": "gmn.convert",
-    "Converter": "gmn.convert",
+    "Call": "gmn.rules",
+    "Converter": "gmn.rules",
     "Criterion": "gmn.settings",
     "Data": "gmn.data",
     "Fit": "gmn.settings",
-    "Flow": "gmn.convert",
+    "Flow": "gmn.flow",
     "GmnError": "gmn.errors",
     "GraphSpec": "gmn.graph",
     "Importance": "gmn.criteria",
@@ -99,8 +101,8 @@ _HOMES = {
     "load_weights": "gmn.networks",
     "prune": "gmn.api",
     "recalibrate": "gmn.training",
-    "register_converter": "gmn.convert",
-    "register_function": "gmn.convert",
+    "register_converter": "gmn.rules",
+    "register_function": "gmn.rules",
     "save_model": "gmn.checkpoint",
     "to_graph": "gmn.convert",
     "to_model": "gmn.convert",

@@ -11,12 +11,13 @@ from torch import nn
 
 from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork
-from gmn.convert import OnUnknown, to_graph, to_model
+from gmn.convert import to_graph, to_model
 from gmn.costs import cost
 from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
 from gmn.metanetwork import MetaNetwork
 from gmn.ranking import prune_to
+from gmn.reader import OnUnknown
 from gmn.settings import Criterion, Fit, Prune
 from gmn.training import evaluate, fit, recalibrate
 
@@ -28,7 +29,7 @@ class Meta:
     network: MetaNetwork
     layout: Layout
 
-    def rewrite(self, model: nn.Module, example_inputs: Any, *, on_unknown: OnUnknown = "error") -> nn.Module:
+    def rewrite(self, model: nn.Module, example_inputs: Any, *, on_unknown: OnUnknown = "keep") -> nn.Module:
         """A copy of the network with the weights that the metanetwork gives it."""
         graph = to_graph(model, example_inputs, layout=self.layout, on_unknown=on_unknown)
         with torch.no_grad():
@@ -71,7 +72,7 @@ def prune(
     criterion: Criterion | None = None,
     max_ratio: float = 0.9,
     recalibrate_images: int = 1000,
-    on_unknown: OnUnknown = "error",
+    on_unknown: OnUnknown = "keep",
     seed: int = 0,
 ) -> Result:
     """Make a network cheaper: [metanetwork -> fine-tune ->] prune -> fine-tune. The model itself is not changed.

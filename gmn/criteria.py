@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gmn.graph import EdgeSlot, GraphSpec
+from gmn.address import EdgeSlot
+from gmn.graph import GraphSpec
 from gmn.groups import Couplings
 from gmn.settings import Criterion
 
@@ -121,7 +122,7 @@ def _members(spec: GraphSpec, coupled: Couplings) -> list[_Member]:
     makers: set[int] = set()
     for param, slots in spec.weights().items():
         block = spec.blocks[slots[0].block]
-        made = coupled.channel[block.dst[0] : sum(block.dst)]
+        made = coupled.channel[spec.made_by(slots)]
         first = torch.tensor([int(c) not in makers for c in made])
         makers.update(made.tolist())
         members.append(_Member(param, 0, slots[0], made, first))
@@ -130,7 +131,7 @@ def _members(spec: GraphSpec, coupled: Couplings) -> list[_Member]:
         read = coupled.channel[spec.read_by(slots)]
         members.append(_Member(param, 1, slots[0], read, torch.zeros(len(read), dtype=torch.bool)))
     for node in spec.node_slots:
-        if spec.columns[node.column].endswith("norm.weight"):
+        if node.home and spec.columns[node.column].endswith("norm.weight"):
             channel = coupled.channel[node.nodes[0] : sum(node.nodes)]
             members.append(_Member(node.param, None, None, channel, torch.zeros(len(channel), dtype=torch.bool)))
     return members

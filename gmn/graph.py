@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gmn.address import EdgeSlot, NodeSlot, Range, positions
 from gmn.errors import ConversionError
-
-Range = tuple[int, int]  # first node, number of nodes
 
 
 @dataclass(frozen=True)
@@ -62,41 +61,6 @@ class EdgeBlock:
 
 
 @dataclass(frozen=True)
-class EdgeSlot:
-    """The address of a weight (or of the input channels `inputs` of it) in one block.
-
-    `weight.reshape(shape).permute(perm)` has the shape [G, O, all inputs, taps]; the block holds
-    `[:, :, inputs[0]:inputs[1]]` of it at the positions `taps` of its own K axis.
-    """
-
-    param: str
-    block: int
-    shape: tuple[int, int, int, int]
-    inputs: Range
-    taps: tuple[int, ...]
-    perm: tuple[int, int, int, int] = (0, 1, 2, 3)
-
-    def canonical(self, weight: Tensor) -> Tensor:
-        """The whole weight as [G, O, all inputs, taps]."""
-        return weight.reshape(self.shape).permute(self.perm)
-
-    def read(self, weight: Tensor) -> Tensor:
-        """The part of the weight that this block holds."""
-        start, size = self.inputs
-        return self.canonical(weight)[:, :, start : start + size]
-
-
-@dataclass(frozen=True)
-class NodeSlot:
-    """The address of a per-channel parameter or buffer: column `column` of the nodes `nodes`."""
-
-    param: str
-    nodes: Range
-    column: int
-    trainable: bool
-
-
-@dataclass(frozen=True)
 class GraphSpec:
     """Everything about a graph but its numbers: node groups, edge blocks, the address of every parameter.
 
@@ -106,8 +70,11 @@ class GraphSpec:
         node_slots, edge_slots: Addresses of the parameters in the features.
         columns: Names of the F node features; `defaults` are their values where a channel has no such parameter.
         shapes: Shape of every trainable parameter that the graph holds.
-        carried: Parameters and buffers without a place in the graph; they stay as they were.
+        carried: Shape of every parameter without a place in the graph; they stay as they were.
+        buffers: Buffers without a place in the graph.
         frozen: Ranges of nodes that must not be removed, each with the reason.
+        heads: Ranges of attention nodes, each with its number of heads; the nodes of a head go together.
+        ties: Pairs of ranges whose k-th nodes go together although no identity edge says so.
     """
 
     groups: tuple[NodeGroup, ...]
@@ -117,8 +84,11 @@ class GraphSpec:
     columns: tuple[str, ...]
     defaults: tuple[float, ...]
     shapes: dict[str, tuple[int, ...]]
-    carried: tuple[str, ...]
+    carried: dict[str, tuple[int, ...]]
+    buffers: tuple[str, ...]
     frozen: tuple[tuple[Range, str], ...]
+    heads: tuple[tuple[Range, int], ...] = ()
+    ties: tuple[tuple[Range, Range], ...] = ()
 
     @property
     def num_nodes(self) -> int:
@@ -136,16 +106,31 @@ class GraphSpec:
         return {block.kind: block.shape[3] for block in self.blocks}
 
     def weights(self) -> dict[str, list[EdgeSlot]]:
-        """The addresses of every weight, its pieces in the order of their input channels."""
+        """The home addresses of every weight."""
         homes: dict[str, list[EdgeSlot]] = defaultdict(list)
-        for slot in sorted(self.edge_slots, key=lambda slot: slot.inputs[0]):
-            homes[slot.param].append(slot)
-        return {slot.param: homes[slot.param] for slot in self.edge_slots}  # in the order of the blocks
+        for slot in self.edge_slots:
+            if slot.home:
+                homes[slot.param].append(slot)
+        return dict(homes)
+
+    def made_by(self, slots: list[EdgeSlot]) -> Tensor:
+        """[G * O]: the node of every output channel of a weight, from its addresses."""
+        return self._nodes(slots, output=True)
 
     def read_by(self, slots: list[EdgeSlot]) -> Tensor:
-        """Nodes of all input channels of a weight, in order."""
-        ranges = [self.blocks[slot.block].src for slot in slots]
-        return torch.cat([torch.arange(start, start + size) for start, size in ranges])
+        """[G * I]: the node of every input channel of a weight, from its addresses."""
+        return self._nodes(slots, output=False)
+
+    def _nodes(self, slots: list[EdgeSlot], *, output: bool) -> Tensor:
+        pieces, out, into, _ = slots[0].canonical_shape
+        nodes = torch.full((pieces, out if output else into), -1)
+        for slot in slots:
+            block = self.blocks[slot.block]
+            start, count = block.dst if output else block.src
+            own = torch.arange(start, start + count).view(slot.pieces[1], -1)
+            rows = torch.arange(slot.pieces[0], sum(slot.pieces))[:, None]
+            nodes[rows, positions(slot.outputs if output else slot.inputs)] = own
+        return nodes.flatten()
 
     def edge_index(self) -> Tensor:
         """[2, E]: source and target of every edge, blocks in order, row-major over [G, O, I]."""
@@ -190,27 +175,34 @@ class NetworkGraph:
 
     def to_state_dict(self) -> dict[str, Tensor]:
         """Trainable parameters by qualified name, differentiable in the features (for `functional_call`)."""
-        pieces: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
-        views: dict[str, EdgeSlot] = {}
-        for slot in self.spec.edge_slots:
+        shapes = self.spec.shapes
+        state = {name: self._weight(slots) for name, slots in self.spec.weights().items()}
+        vectors: dict[str, Tensor] = {}
+        for slot in self.spec.node_slots:
+            if slot.trainable and slot.home:
+                start, size = slot.nodes
+                values = self.node_features[start : start + size, slot.column]
+                numel = torch.Size(shapes[slot.param]).numel()
+                if slot.rows == ((0, numel, 1),):
+                    vectors[slot.param] = values
+                else:
+                    slot.write(vectors.setdefault(slot.param, values.new_empty(numel)), values)
+        return state | {name: values.reshape(shapes[name]) for name, values in vectors.items()}
+
+    def _weight(self, slots: list[EdgeSlot]) -> Tensor:
+        """Undo `EdgeSlot.read`: a weight from the parts that the blocks hold."""
+        whole: Tensor | None = None
+        for slot in slots:
             features = self.edge_features[slot.block]
             exact = slot.taps == tuple(range(features.shape[3]))
-            piece = features if exact else features[..., slot.taps]
-            pieces[slot.param].append((slot.inputs[0], piece))
-            views[slot.param] = slot
-        state = {name: self._join(views[name], parts) for name, parts in pieces.items()}
-        for node in self.spec.node_slots:
-            if node.trainable:
-                start, size = node.nodes
-                state[node.param] = self.node_features[start : start + size, node.column]
-        return state
-
-    def _join(self, slot: EdgeSlot, parts: list[tuple[int, Tensor]]) -> Tensor:
-        """Undo `EdgeSlot.read`: the parameter from the pieces that the blocks hold."""
-        ordered = [piece for _, piece in sorted(parts, key=lambda part: part[0])]
-        whole = ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=2)
-        inverse = tuple(slot.perm.index(axis) for axis in range(4))
-        return whole.permute(inverse).reshape(self.spec.shapes[slot.param])
+            part = features if exact else features[..., slot.taps]
+            if slot.whole:
+                whole = part
+            else:
+                whole = part.new_empty(slot.canonical_shape) if whole is None else whole
+                slot.write(whole, part)
+        assert whole is not None
+        return slots[0].restore(whole, self.spec.shapes[slots[0].param])
 
     def permute(self, order: Tensor) -> NetworkGraph:
         """Reorder the nodes inside their groups: node n of the result is node `order[n]` of this graph.
@@ -267,14 +259,16 @@ class NetworkGraph:
         """What the graph holds and what it only carries through, in a few lines."""
         spec = self.spec
         kinds = ", ".join(f"{kind} ({k})" for kind, k in spec.edge_kinds.items())
+        held, carried = (sum(torch.Size(shape).numel() for shape in d.values()) for d in (spec.shapes, spec.carried))
         lines = [
             f"{spec.num_nodes:,} nodes in {len(spec.groups)} groups",
             f"{spec.num_edges:,} edges in {len(spec.blocks)} blocks",
             f"node features: {', '.join(spec.columns)}",
             f"edge kinds (features): {kinds}",
-            f"parameters in the graph: {len(spec.shapes)}; carried through unchanged: {len(spec.carried)}",
+            f"in the graph: {held:,} of {held + carried:,} parameters ({held / max(held + carried, 1):.1%})",
+            f"carried through unchanged: {carried:,} in {len(spec.carried)} tensors, and {len(spec.buffers)} buffers",
         ]
-        return "\n".join([*lines, *(f"  carried: {name}" for name in spec.carried)])
+        return "\n".join([*lines, *(f"  carried: {name} {list(shape)}" for name, shape in spec.carried.items())])
 
 
 def group_of(spec: GraphSpec, node: int) -> NodeGroup:

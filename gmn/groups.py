@@ -1,8 +1,9 @@
 """Which channels go together: coupled channels, groups of them, and the mask that says which nodes stay.
 
 A *channel* here is a set of nodes that must be kept or removed together: nodes joined by an identity edge (a
-residual) or by a depthwise kernel. A *group* is all channels that end in the same layers; it has one channel per
-prunable index k (DepGraph, Fang et al. 2023, section 3.1). Both are read from the graph alone.
+residual) or by a depthwise kernel, and all nodes of an attention head. A *group* is all channels that end in the same
+layers; it has one channel per prunable index k (DepGraph, Fang et al. 2023, section 3.1). Both are read from the
+graph alone.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ def _coupled_pairs(spec: GraphSpec) -> Tensor:
             pairs.append(block_edges(block))
         elif index not in weights:
             pairs.append(_dense_identity(spec, block))
+    for first, second in spec.ties:
+        pairs.append(torch.stack([torch.arange(start, start + size) for start, size in (first, second)]))
+    for (start, size), heads in spec.heads:
+        nodes = torch.arange(start, start + size)
+        pairs.append(torch.stack([nodes.view(heads, -1)[:, :1].expand(heads, size // heads).flatten(), nodes]))
     return torch.cat(pairs, dim=1)
 
 

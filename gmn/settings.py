@@ -115,14 +115,14 @@ class DataModels(Section):
 class Graph(Section):
     """How a network becomes a graph; null takes the layout's own choice."""
 
-    layout: Literal["generic", "resnet56", "resnet50", "vgg19"] = Field(
+    layout: Literal["generic", "cnn", "resnet56", "resnet50", "vgg19", "vit"] = Field(
         default="generic", description="which parameters go into which node and edge features"
     )
     kernels: Literal["padded", "per-size"] | None = Field(
         default=None, description="pad kernels to the largest, or one encoder per size"
     )
     on_unknown: Literal["error", "keep"] = Field(
-        default="error", description="layers without a rule: refuse, or carry them through and never prune around them"
+        default="keep", description="layers without a rule: carry them through and never prune around them, or refuse"
     )
     identities: Literal["dense", "diagonal"] | None = Field(
         default=None, description="residual connections: edges between all channels, or only i to i"

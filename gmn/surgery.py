@@ -13,8 +13,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from gmn.address import EdgeSlot
 from gmn.errors import PruningError
-from gmn.graph import EdgeSlot, GraphSpec
+from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.trace import evaluation, split_inputs
 
@@ -67,7 +68,7 @@ def _cut_layer(modules: dict[str, nn.Module], param: str, slots: list[EdgeSlot],
     """Cut the rows and columns of one weight."""
     block = spec.blocks[slots[0].block]
     layer = modules[param.rpartition(".")[0]]
-    rows = ~keep[block.dst[0] : sum(block.dst)]
+    rows = ~keep[spec.made_by(slots)]
     cols = ~keep[spec.read_by(slots)]
     if isinstance(layer, _CONVS) and block.form == "diagonal":
         _cut(tp.prune_depthwise_conv_out_channels, layer, rows)
@@ -76,9 +77,15 @@ def _cut_layer(modules: dict[str, nn.Module], param: str, slots: list[EdgeSlot],
         _cut(tp.prune_conv_in_channels, layer, cols)
     elif isinstance(layer, nn.Linear):
         _cut(tp.prune_linear_out_channels, layer, rows)
-        _cut(tp.prune_linear_in_channels, layer, cols.repeat_interleave(slots[0].shape[3]))
+        _cut(tp.prune_linear_in_channels, layer, _features(slots[0], cols))
     elif bool(rows.any()) or bool(cols.any()):
         raise PruningError(f"no surgery for {type(layer).__name__}", where=param)
+
+
+def _features(slot: EdgeSlot, cols: Tensor) -> Tensor:
+    """The input features of a linear layer that belong to some channels: all their positions."""
+    _, out, into, taps = slot.canonical_shape
+    return slot.restore(cols.view(1, 1, into, 1).expand(1, out, into, taps), (out, into * taps))[0]
 
 
 def _cut(prune: Callable[..., Any], layer: nn.Module, drop: Tensor) -> None:

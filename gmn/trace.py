@@ -54,13 +54,14 @@ class Op:
 
 @dataclass(frozen=True)
 class Trace:
-    """Operations in order; shapes of all values; which values are inputs, outputs, or parameters and buffers."""
+    """Operations in order; shapes of all values; which are inputs (and integers), outputs, parameters and buffers."""
 
     ops: tuple[Op, ...]
     shapes: dict[int, tuple[int, ...]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     params: dict[int, str]
+    integers: frozenset[int] = frozenset()
 
 
 def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], bool]) -> Trace:
@@ -91,7 +92,8 @@ def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], 
     outputs = [
         recorder.refs[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor) and id(t) in recorder.refs
     ]
-    return Trace(tuple(recorder.ops), recorder.shapes, inputs, tuple(outputs), recorder.params)
+    integers = frozenset(n for n in inputs if not recorder.alive[n].is_floating_point())
+    return Trace(tuple(recorder.ops), recorder.shapes, inputs, tuple(outputs), recorder.params, integers)
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gmn
-from gmn import convert
+from gmn import rules
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +49,7 @@ def rule_for_twice() -> Iterator[None]:
             return call.output(call.builder.ids(nodes), -1, "raw")
 
     yield
-    del convert._MODULES[Twice]
+    del rules._MODULES[Twice]
 
 
 def test_a_layer_of_ones_own_is_converted_and_stays_whole(rule_for_twice: None) -> None:
@@ -58,11 +58,27 @@ def test_a_layer_of_ones_own_is_converted_and_stays_whole(rule_for_twice: None) 
     assert pruned[4].out_channels == pruned[8].weight.shape[0] == 8  # type: ignore[index, union-attr]
 
 
-def test_a_layer_without_a_rule_is_kept_on_request() -> None:
-    with pytest.raises(gmn.GmnError, match=r"no rule for Twice '8'.*on_unknown='keep'"):
-        gmn.prune(network(Twice(8)), IMAGES, speed_up=1.5)
-    pruned = gmn.prune(network(Twice(8)), IMAGES, speed_up=1.5, on_unknown="keep").model
+class Odd(nn.Module):
+    """A parameter in a product that the graph has no form for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,i,i->bi", x, self.weight, self.weight)
+
+
+@pytest.mark.parametrize("layer", [Twice, Odd])
+def test_a_layer_without_a_rule_stays_whole(layer: type[nn.Module]) -> None:
+    pruned = gmn.prune(network(layer(8)), IMAGES, speed_up=1.5).model
+    assert pruned[0].out_channels < 8  # type: ignore[index, operator]
     assert pruned[4].out_channels == pruned[9].in_features == 8  # type: ignore[index, union-attr]
+
+
+def test_a_layer_without_a_rule_can_be_refused() -> None:
+    with pytest.raises(gmn.GmnError, match=r"no rule for Odd '8'.*on_unknown='keep'"):
+        gmn.prune(network(Odd(8)), IMAGES, speed_up=1.5, on_unknown="error")
 
 
 class Shifted(nn.Module):

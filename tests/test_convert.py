@@ -18,18 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import NETWORKS, FlatVGG, Residual, depthwise, network, pruned, randomise, small
 
-import gmn.convert
-from gmn.convert import Call, Converter, Flow, layouts, register_converter, to_graph, to_model
+import gmn.rules
+from gmn.convert import layouts, to_graph, to_model
 from gmn.errors import ConversionError
+from gmn.flow import Flow
 from gmn.graph import NetworkGraph
 from gmn.groups import couplings
+from gmn.rules import Call, Converter, register_converter
 from gmn.surgery import shapes
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
-def round_trip(model: nn.Module, x: Tensor, **options: object) -> NetworkGraph:
-    """The graph, after checking that it turns back into the model."""
+def round_trip(model: nn.Module, x: Tensor, *, carries: bool = False, **options: object) -> NetworkGraph:
+    """The graph, after checking that it turns back into the model; only with `carries` may parameters be left out."""
     graph = to_graph(model, x, **options)  # pyright: ignore[reportArgumentType]
     again = to_model(graph)
     before, after = model.state_dict(), again.state_dict()
@@ -38,11 +40,16 @@ def round_trip(model: nn.Module, x: Tensor, **options: object) -> NetworkGraph:
     other = torch.randn(2, *x.shape[1:], dtype=x.dtype)
     with torch.no_grad():
         assert torch.equal(again.eval()(other), model.eval()(other))
-    held = {*graph.spec.shapes, *graph.spec.carried, *(s.param for s in graph.spec.node_slots)}
-    assert held == set(before)
-    if "on_unknown" not in options:
-        assert [n for n in graph.spec.carried if not n.endswith("num_batches_tracked")] == []
+    spec = graph.spec
+    held = {*spec.shapes, *spec.carried, *spec.buffers, *(s.param for s in spec.node_slots)}
+    assert held >= {*dict(model.named_parameters()), *before} - set(tied(model))
+    assert carries or not spec.carried
     return graph
+
+
+def tied(model: nn.Module) -> list[str]:
+    """Further names of parameters that have one already."""
+    return [n for n, p in model.named_parameters(remove_duplicate=False) if n not in dict(model.named_parameters())]
 
 
 # Round trip
@@ -53,7 +60,7 @@ def test_round_trip(name: str) -> None:
     model, x = network(name)
     graph = round_trip(model, x)
     assert set(graph.spec.shapes) == {n for n, _ in model.named_parameters()}
-    assert all(name.endswith("num_batches_tracked") for name in graph.spec.carried)
+    assert all(name.endswith("num_batches_tracked") for name in graph.spec.buffers)
 
 
 @pytest.mark.parametrize("name", ["resnet20A", "resnet20B", "mobilenet_v2", "densenet121"])
@@ -152,8 +159,16 @@ def test_concatenation(norm: bool) -> None:
     model = small(Concat(norm))
     graph = round_trip(model, IMAGES)
     out = [(b.shape[2], e) for b, e in zip(graph.spec.blocks, graph.edge_features, strict=True) if "out" in b.name]
-    assert [width for width, _ in out] == ([15] if norm else [4, 6, 5])
-    assert torch.equal(torch.cat([e for _, e in out], dim=2)[0, :, :, 0], model[1].out.weight[:, :, 0, 0])
+    assert [width for width, _ in out] == [15]  # the three parts are neighbours: one block reads them all
+    start = {group.name: group.start for group in graph.spec.groups}
+    read = graph.spec.read_by(graph.spec.weights()["1.out.weight"]).tolist()
+    own = start["1.norm"] if norm else None
+    wanted = [
+        *range(start["1.a"], start["1.a"] + 4),
+        *range(start["0"], start["0"] + 6),
+        *range(start["1.b"], start["1.b"] + 5),
+    ]
+    assert read == (list(range(own, own + 15)) if own is not None else wanted)
 
 
 class Sum(nn.Module):
@@ -222,17 +237,6 @@ def test_the_model_is_left_as_it_was() -> None:
 # What has no rule
 
 
-class Scale(nn.Module):
-    """A parameter that no module owns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.rand(6, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
 class Recurrent(nn.Module):
     """An LSTM along the rows of pixels."""
 
@@ -242,6 +246,40 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lstm(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(2, (8, 8))
+
+
+class Twisted(nn.Module):
+    """A parameter that is used as nothing the graph knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bchw,c,c->bchw", x, self.factor, self.factor)
+
+
+@pytest.mark.parametrize(
+    ("module", "message", "carried"),
+    [
+        (Twisted, r"Twisted '1'.*calls einsum.*1\.factor.*register_converter.*on_unknown='keep'", {"1.factor"}),
+        (
+            Recurrent,
+            r"LSTM '1\.lstm'.*1\.lstm\.bias_hh_l0.*register_converter",
+            {f"1.lstm.{kind}_{side}_l0" for kind in ("weight", "bias") for side in ("ih", "hh")},
+        ),
+    ],
+)
+def test_what_has_no_place_is_refused_or_kept(module: type[nn.Module], message: str, carried: set[str]) -> None:
+    model = small(module())
+    with pytest.raises(ConversionError, match=message):
+        to_graph(model, IMAGES, on_unknown="error")
+    graph = round_trip(model, IMAGES, carries=True)
+    assert set(graph.spec.carried) == carried
+    assert all(f"carried: {name}" in graph.summary() for name in carried)
+    coupled = couplings(graph.spec)
+    assert not coupled.prunable.any()
+    assert any(reason.startswith("read by 1") for reason in coupled.frozen.values())
 
 
 class Twice(nn.Module):
@@ -267,43 +305,21 @@ class Tied(nn.Module):
         return self.b(F.relu(self.a(x)))
 
 
-@pytest.mark.parametrize(
-    ("module", "message", "carried"),
-    [
-        (Scale, r"Scale '1'.*calls mul.*1\.factor.*register_converter.*on_unknown='keep'", {"1.factor"}),
-        (
-            Recurrent,
-            r"LSTM '1\.lstm'.*1\.lstm\.bias_hh_l0.*register_converter",
-            {f"1.lstm.{kind}_{side}_l0" for kind in ("weight", "bias") for side in ("ih", "hh")},
-        ),
-        (Twice, r"Conv2d '1\.conv' are used more than once.*on_unknown='keep'", {"1.conv.weight", "1.conv.bias"}),
-        (Tied, r"Conv2d '1\.a' are used more than once", {"1.a.weight"}),
-    ],
-)
-def test_what_has_no_place_is_refused_or_kept(module: type[nn.Module], message: str, carried: set[str]) -> None:
-    model = small(module())
-    with pytest.raises(ConversionError, match=message):
-        to_graph(model, IMAGES)
-    if module is Tied:
-        graph = to_graph(model, IMAGES, on_unknown="keep")  # a state dict lists a shared weight twice
-        assert torch.equal(to_model(graph).eval()(IMAGES), model(IMAGES))
-    else:
-        graph = round_trip(model, IMAGES, on_unknown="keep")
-    assert set(graph.spec.carried) == carried
-    coupled = couplings(graph.spec)
-    assert not coupled.prunable.any()
-    reasons = set(coupled.frozen.values())
-    assert {reason for reason in reasons if "which has no rule" in reason} == reasons - {
-        "network input",
-        "network output",
-    }
-    assert any(reason.startswith("read by 1") for reason in reasons)
-    assert any(reason.startswith("made by 1") for reason in reasons)
+@pytest.mark.parametrize(("module", "weight"), [(Twice, "1.conv.weight"), (Tied, "1.a.weight")])
+def test_a_weight_used_twice_has_one_home_and_several_edges(module: type[nn.Module], weight: str) -> None:
+    graph = round_trip(small(module()), IMAGES)
+    slots = [slot for slot in graph.spec.edge_slots if slot.param == weight]
+    assert [slot.home for slot in slots] == [True, False]
+    assert len({slot.block for slot in slots}) == 2
+    coupled = couplings(graph.spec)  # what the first call reads, and what the second reads, are the same columns
+    assert coupled.num_channels == 3 + 6 + 4
+    edited = graph.replace(graph.node_features, tuple(e + 1.0 for e in graph.edge_features))
+    assert torch.equal(edited.to_state_dict()[weight], dict(graph.template.named_parameters())[weight] + 1.0)
 
 
 def test_channels_away_from_what_is_kept_stay_prunable() -> None:
-    model = small(Residual(), nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), Scale())
-    coupled = couplings(to_graph(model, IMAGES, on_unknown="keep").spec)
+    model = small(Residual(), nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), Twisted())
+    coupled = couplings(to_graph(model, IMAGES).spec)
     free = {coupled.names[int(g)] for g in coupled.group[coupled.prunable].unique()}
     assert free == {"0", "1.conv1", "2"}
 
@@ -324,7 +340,7 @@ def test_values_that_are_not_finite_are_named(parameter: str, where: str, value:
     ("x", "options", "message"),
     [
         (torch.zeros(2, 4, 8, 8), {}, r"Sequential does not run.*\(2, 4, 8, 8\).*3 channels.*4 channels"),
-        (IMAGES, {"layout": "resnet57"}, "unknown layout: expected generic, resnet56.*'resnet57'"),
+        (IMAGES, {"layout": "resnet57"}, "unknown layout: expected generic, cnn, resnet56.*'resnet57'"),
     ],
 )
 def test_wrong_arguments(x: Tensor, options: dict[str, str], message: str) -> None:
@@ -379,7 +395,7 @@ def transposed_rule() -> Iterator[None]:
 
     assert register_converter(Transposed)(TransposedConverter) is TransposedConverter
     yield
-    del gmn.convert._MODULES[Transposed]
+    del gmn.rules._MODULES[Transposed]
 
 
 def test_a_rule_of_ones_own(transposed_rule: None) -> None:
@@ -395,7 +411,7 @@ def test_a_rule_of_ones_own(transposed_rule: None) -> None:
 
 def test_without_its_rule_the_layer_is_refused() -> None:
     with pytest.raises(ConversionError, match=r"Transposed '0'.*0\.kernel"):
-        to_graph(nn.Sequential(Transposed(3, 2)), torch.randn(1, 3))
+        to_graph(nn.Sequential(Transposed(3, 2)), torch.randn(1, 3), on_unknown="error")
 
 
 class TapsFirst(nn.Module):
@@ -424,7 +440,7 @@ def test_a_weight_may_be_stored_in_any_order() -> None:
         model = nn.Sequential(nn.Conv1d(2, 4, 1), TapsFirst())
         graph = round_trip(model, torch.randn(1, 2, 6))
     finally:
-        del gmn.convert._MODULES[TapsFirst]
+        del gmn.rules._MODULES[TapsFirst]
     assert torch.equal(graph.edge_features[1][0], model[1].kernel.permute(2, 1, 0))
 
 
@@ -433,6 +449,6 @@ def test_a_rule_that_returns_another_shape_is_refused(transposed_rule: None) -> 
         def encode(self, call: Call) -> Flow:
             return call.flows[0]
 
-    gmn.convert._MODULES[Transposed] = Wrong()
+    gmn.rules._MODULES[Transposed] = Wrong()
     with pytest.raises(ConversionError, match=r"wrong shape: expected \(1, 2\); got \(1, 3\); in 0"):
         to_graph(nn.Sequential(Transposed(3, 2)), torch.randn(1, 3))

@@ -15,17 +15,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "graph", "groups", "settings", "names"},
-    {"trace", "builder", "convert", "converters", "layers", "layers_pyg", "metanetwork"},
+    {"errors", "address", "graph", "groups", "settings", "names", "spec_check"},
+    {
+        *("trace", "flow", "builder", "assemble", "rules", "reader", "convert", "converters"),
+        *("layers", "layers_pyg", "metanetwork"),
+    },
     {"criteria", "surgery", "ranking", "costs"},
     *(
-        {"data", "images", "sources", "cifar", "networks", "training", "progress", "checkpoint", "meta_train"},
-        {"pipeline", "compare", "job", "run", "report", "plots", "recipe", "cli", "api", "__init__", "__main__"},
+        {"data", "images", "sources", "cifar", "networks", "training", "progress", "checkpoint", "meta_train"}
+        | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
+        | {"inspection", "inspection_report"},
+        {"subject", "convert_cli"}
+        | {"pipeline", "compare", "job", "run", "report", "plots", "recipe", "cli", "api", "__init__", "__main__"},
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BLIND = ("metanetwork", "layers", "layers_pyg", "vote")
-ARCHITECTURES = {"convert", "converters", "builder", "trace", "cifar", "networks"}
+ARCHITECTURES = {"convert", "converters", "rules", "reader", "builder", "assemble", "flow", "trace"} | {
+    "cifar",
+    "networks",
+}
 FILES = sorted([*(ROOT / "gmn").glob("*.py"), *(ROOT / "converters").glob("*.py")])
 
 

@@ -284,7 +284,7 @@ def test_wide_edges_get_a_layer_in_between() -> None:
 
 def test_wrong_graphs_are_refused() -> None:
     meta = metanetwork(subject("resnet20B").spec)
-    with pytest.raises(ConversionError, match="expected 9 node features; got 5"):
+    with pytest.raises(ConversionError, match="expected 15 node features; got 5"):
         meta(graph_of("resnet20B", "vgg19"))
     with pytest.raises(ConversionError, match="never learnt: expected 3x3, 1; got 7x7"):
         meta(graph_of("resnet18"))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from zoo import FlatVGG, Residual, graph_of, network, pruned, randomise, small
 
+from gmn.address import positions
 from gmn.convert import to_graph
 from gmn.costs import cost
 from gmn.criteria import Importance
@@ -51,9 +52,8 @@ def silenced(model: nn.Module, spec: GraphSpec, mask: KeepMask) -> nn.Module:
         block = spec.blocks[slot.block]
         if slot.block not in weights or block.form == "diagonal":
             continue
-        start, size = slot.inputs
         keep = mask.keep[block.src[0] : sum(block.src)].to(torch.float32)
-        slot.canonical(parameters[slot.param].data)[:, :, start : start + size] *= keep.view(1, 1, -1, 1)
+        slot.canonical(parameters[slot.param].data)[:, :, positions(slot.inputs)] *= keep.view(1, 1, -1, 1)
     return model
 
 
