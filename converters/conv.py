@@ -35,7 +35,7 @@ class TransposedConvConverter(Converter):
 def functional(call: Call) -> Flow | None:
     """The same for a convolution that is called as a function, on parameters of the model."""
     flow, weight, bias = call.args[0], call.argument(1, "weight"), call.argument(2, "bias")
-    transposed = call.func is not None and "transpose" in call.func.__name__
+    transposed = "transpose" in call.op
     groups = call.argument(6, "groups", 1)  # after stride, padding, dilation or output padding
     if not isinstance(flow, Flow) or not isinstance(weight, Parameters):
         return _filter(call)

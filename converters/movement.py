@@ -36,7 +36,7 @@ def _ids(leaf: Any) -> Any:
 
 
 _RESHAPES = words("""
-    view reshape view_as reshape_as flatten unflatten ravel
+    _unsafe_view view reshape view_as reshape_as flatten unflatten ravel
 """)
 _EXPANSIONS = words("""
     expand expand_as broadcast_to
@@ -45,16 +45,16 @@ _MOVEMENTS = words("""
     view reshape view_as reshape_as flatten unflatten ravel squeeze unsqueeze expand expand_as broadcast_to repeat
     repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t flip fliplr roll rot90 diagonal
     __get__ chunk split tensor_split unsafe_chunk hsplit vsplit dsplit unbind narrow select index_select __getitem__
-    pixel_shuffle pixel_unshuffle channel_shuffle
+    slice split_with_sizes alias lift_fresh_copy pixel_shuffle pixel_unshuffle channel_shuffle
 """)
 
 
 @register_function(*_MOVEMENTS)
 def move(call: Call) -> Any:
     """Reshape, permute, split: the same call on the node numbers."""
-    if call.func is not None and call.func.__name__ in _RESHAPES:
+    if call.op in _RESHAPES:
         result: Any = call.flows[0].closed(call.uses, call.flows[0].ids.reshape(call.shape))
-    elif call.func is not None and call.func.__name__ in _EXPANSIONS:
+    elif call.op in _EXPANSIONS:
         result = call.flows[0].closed(call.uses, call.args[0].ids.expand(call.shape))
     elif len(call.flows) > 1 or any(p.origin is None for p in call.parameters):
         return None  # an index that is computed
@@ -91,7 +91,7 @@ def cat(call: Call) -> Any:
 def write(call: Call) -> Flow | None:
     """Writing a part of an activation: what is written carries its own nodes, a constant none."""
     first = call.args[0]
-    name = call.func.__name__ if call.func else ""
+    name = call.op
     if name not in ("__setitem__", "copy_"):
         return first.closed(call.uses) if isinstance(first, Flow) else None
     ids = _ids(first) if isinstance(first, (Flow, Parameters)) else nothing(tuple(first.shape))

@@ -68,7 +68,7 @@ class LayerNormConverter(Converter):
 @register_function("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 def functional(call: Call) -> Flow | None:
     """The same for a norm that is called as a function, on parameters of the model."""
-    name = call.func.__name__ if call.func else ""
+    name = call.op
     given = dict(zip(_SIGNATURES[name], call.args[1:], strict=False)) | call.kwargs
     values: Values = {}
     for key in ("weight", "bias", *_STATISTICS):

@@ -26,7 +26,7 @@ _POOLS = words("""
 def activation(call: Call) -> Flow | None:
     """A nonlinearity closes the layer: no later norm or residual can be merged into it."""
     flow = call.flows[0]
-    casts = call.func is not None and call.func.__name__ in ("to", "type_as")  # the second only lends its type
+    casts = call.op in ("to", "type_as")  # the second only lends its type
     single = len(call.flows) == 1 or casts
     return flow.closed(call.uses) if single and tuple(flow.ids.shape) == call.shape else None
 
@@ -52,7 +52,7 @@ def pool(call: Call) -> Flow | None:
 @register_function("mean", "sum", "amax", "amin", "nanmean", "var", "std", "norm", "logsumexp", "linalg_vector_norm")
 def reduce(call: Call) -> Flow | None:
     """A mean over positions keeps the channels; over channels it keeps none of them."""
-    flow, name = call.flows[0], call.func.__name__ if call.func else ""
+    flow, name = call.flows[0], call.op
     dims = call.argument(2 if name in ("norm", "linalg_vector_norm") else 1, "dim", call.kwargs.get("axis"))
     if call.parameters:
         return None

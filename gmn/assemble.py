@@ -68,6 +68,7 @@ class _Assembly:
         for role, part in enumerate(parts):
             self.parent[part] = parts[2]
             self.role[part] = role
+        self.builder.freeze(attention.value, f"no surgery for the heads of {attention.name}")
         return True
 
     def _projected(self, nodes: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: `gmn meta-train`, `gmn prune`, `gmn report`."""
+"""The command line: `gmn meta-train`, `gmn prune`, `gmn report`, `gmn inspect`, `gmn convert`, `gmn bench`."""
 
 from __future__ import annotations
 
@@ -74,6 +74,88 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     folder = open_run(run)
     reports.show(load_report(folder), folder)
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="cifar.resnet20, torchvision.X, timm.X, pkg.mod:function, the folder of a saved network, or a graph file.",
+    ),
+]
+InputOption = Annotated[str | None, typer.Option("--input", help="Size of an input: 3,224,224. Default: the usual.")]
+ClassesOption = Annotated[int | None, typer.Option("--classes", help="Default: 1000, 10 for cifar.*")]
+LayoutOption = Annotated[str | None, typer.Option("--layout", help="Which features nodes have. Default: generic")]
+BuilderOption = Annotated[list[str] | None, typer.Option("--set-option", help="For the builder: --set-option depth=6")]
+WeightsOption = Annotated[Path | None, typer.Option("--weights", help="A state dict to fill the network with.")]
+NetworkOption = Annotated[
+    str | None, typer.Option("--network", help="For a graph file: the network, or the function it may call.")
+]
+INSPECT = "Examples:  gmn inspect torchvision.resnet50   |   gmn inspect timm.vit_tiny_patch16_224 --draw vit.png"
+CONVERT = (
+    "Examples:  gmn convert timm.resnet18 -o graph.safetensors   |   gmn convert graph.safetensors -o w.safetensors"
+)
+
+
+@app.command(epilog=INSPECT)
+def inspect(
+    model: ModelArgument,
+    size: InputOption = None,
+    classes: ClassesOption = None,
+    layout: LayoutOption = None,
+    options: BuilderOption = None,
+    weights: WeightsOption = None,
+    network: NetworkOption = None,
+    draw: Annotated[Path | None, typer.Option("--draw", help="Draw the graph into this picture.")] = None,
+    groups: Annotated[bool, typer.Option("--groups/--no-groups", help="The table of coupled channels.")] = True,
+) -> None:
+    """Show what of a network is in its graph, and which channels belong together."""
+    from gmn import convert_cli, subject
+
+    choices = subject.Choices(size, classes, layout, options or (), weights, network)
+    convert_cli.inspect(model, choices, draw=draw, groups=groups)
+
+
+@app.command(epilog=CONVERT)
+def convert(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.")],
+    size: InputOption = None,
+    classes: ClassesOption = None,
+    layout: LayoutOption = None,
+    options: BuilderOption = None,
+    weights: WeightsOption = None,
+    network: NetworkOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """Write a network's graph to a file; or a graph file's network to a state dict."""
+    from gmn import convert_cli, subject
+
+    choices = subject.Choices(size, classes, layout, options or (), weights, network)
+    convert_cli.convert(model, output, choices, overwrite=overwrite)
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Try gmn on many networks.")
+app.add_typer(bench_app, name="bench")
+BENCH = "Example:  gmn bench convert --suite timm --only swin   (results are kept: call it again to go on)"
+
+
+@bench_app.command("convert", epilog=BENCH)
+def bench_convert(
+    suite: Annotated[str, typer.Option("--suite", help="torchvision, torchvision-video, timm or extra.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Default: bench/convert-SUITE.jsonl")] = None,
+    limit_seconds: Annotated[float, typer.Option("--limit-seconds", help="Time for one network.")] = 300.0,
+    only: Annotated[str | None, typer.Option("--only", metavar="REGEX", help="Only networks with such a name.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", help="Networks at a time.")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try anew what failed before.")] = False,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the suite's section of a page.")] = None,
+) -> None:
+    """Convert every network of a suite to a graph and back; exit code 1 if one fails."""
+    from gmn import bench
+
+    limits = bench.Limits(limit_seconds, jobs)
+    if not bench.bench(suite, out, limits, only=only, retry=retry_failed, page=markdown):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -14,12 +14,18 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gmn.address import EdgeSlot, NodeSlot, Range, positions
 from gmn.errors import ConversionError
+
+if TYPE_CHECKING:
+    from networkx import MultiDiGraph
+    from torch_geometric.data import Data
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,24 @@ class NetworkGraph:
         ):
             raise ConversionError("both sides of a grouped block must be permuted alike", where=block.name)
         return features[piece[:, None, None], (rows % out)[:, :, None], (cols % into)[:, None, :]]
+
+    def to_pyg(self, *, padded: bool = True) -> Data:
+        """Nodes and edges for PyTorch Geometric; see `gmn.views.to_pyg`."""
+        from gmn.views import to_pyg
+
+        return to_pyg(self, padded=padded)
+
+    def to_networkx(self, level: Literal["layer", "neuron"] = "layer") -> MultiDiGraph:
+        """Layers or neurons for networkx; see `gmn.views.to_networkx`."""
+        from gmn.views import to_networkx
+
+        return to_networkx(self, level)
+
+    def draw(self, path: str | Path, *, title: str | None = None) -> Path:
+        """A picture of the layers as PNG, SVG or PDF; see `gmn.drawing.draw`."""
+        from gmn.drawing import draw
+
+        return draw(self, path, title=title)
 
     def validate(self) -> NetworkGraph:
         """Check every invariant and return the graph.

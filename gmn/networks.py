@@ -6,6 +6,7 @@ function of one's own, `package.module:function`.
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -87,7 +88,9 @@ def _torchvision(name: str, member: str, in_channels: int) -> Callable[..., nn.M
     if in_channels != 3:
         hint = "take the network from timm"
         raise NetworkError("torchvision networks take 3 channels", got=str(in_channels), where=name, hint=hint)
-    return lambda **options: models.get_model(member, **{"weights": None, **options})
+    taken = inspect.signature(models.get_model_builder(member)).parameters
+    untrained = {key: None for key in ("weights", "weights_backbone") if key in taken}
+    return lambda **options: models.get_model(member, **{**untrained, **options})
 
 
 def _torchvision_names() -> list[str]:

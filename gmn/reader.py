@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -14,8 +15,8 @@ from gmn.builder import Builder, InputAxis, Layout
 from gmn.errors import ConversionError
 from gmn.flow import Flow, nothing, spread
 from gmn.graph import NetworkGraph
+from gmn.records import Op, Ref, Trace
 from gmn.rules import Call, Parameters, function_rule, known, rule_for
-from gmn.trace import Op, Ref, Trace
 
 OnUnknown = Literal["error", "keep"]
 RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "to", "type_as", "float"}
@@ -63,6 +64,9 @@ class _Reader:
             value = self.values[number]
             if isinstance(value, Flow):
                 self.builder.freeze(value.nodes, "network output")
+        if self.record.blind:
+            nodes = torch.arange(self.builder.num_nodes)
+            self.builder.freeze(nodes, "part of the network runs where it cannot be followed")
         if not any(edges.param for edges in self.builder.edges):
             raise ConversionError("the network has no layer that the graph can hold", got=type(self.model).__name__)
         return assemble(self.builder, self.model)
@@ -119,6 +123,7 @@ class _Reader:
             shape=self.record.shapes[refs[0]],
             uses=self.uses[refs[0]],
             builder=self.builder,
+            op=op.name,
             func=op.func,
         )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-__all__ = ["Recipe", "builtin_recipes", "dump_recipe", "load_recipe"]
+__all__ = ["Recipe", "builtin_recipes", "dump_recipe", "load_recipe", "read_value"]
 
 Key = tuple[int | str, ...]
 Places = dict[Key, str]  # where each key was written: "my.yaml:12", or "--set a.b=3"
@@ -72,6 +72,15 @@ def dump_recipe(recipe: Recipe) -> str:
     True
     """
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_value(text: str, shown: str) -> Any:
+    """A value on the command line, as YAML; RecipeError, which names the option `shown`, if it is none.
+
+    >>> read_value("[1e-3, null]", "--set x")
+    [0.001, None]
+    """
+    return _parse(text, shown)[0]
 
 
 # Finding
@@ -174,7 +183,7 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
         if not isinstance(target, dict):
             got = f"a value at {'.'.join(parents[:depth])!r}"
             raise RecipeError("bad override", expected="a section", got=got, where=shown)
-    target[last] = _parse(text, shown)[0]
+    target[last] = read_value(text, shown)
     key = (*parents, last)
     for old in [old for old in places if old[: len(key)] == key]:
         del places[old]

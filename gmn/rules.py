@@ -31,6 +31,7 @@ class Call:
         shape: Shape of the (first) output.
         uses: How many operations read the output.
         builder: Takes nodes, edges and addresses.
+        op: Name of the torch function, `module` for a module.
         func: The torch function, None for a module.
     """
 
@@ -41,6 +42,7 @@ class Call:
     shape: tuple[int, ...]
     uses: int
     builder: Builder
+    op: str = "module"
     func: Callable[..., Any] | None = None
 
     @property

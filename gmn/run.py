@@ -10,7 +10,6 @@ report.json  plots/                             what `gmn report` shows
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -23,6 +22,7 @@ import torch
 
 from gmn.checkpoint import load_json, save_bytes, save_json, save_text
 from gmn.errors import CheckpointError, GmnError
+from gmn.jsonl import append_line, read_lines
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
 
@@ -77,11 +77,7 @@ class Run:
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
-        path = self.folder / "metrics.jsonl"
-        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + line + "\n")  # a killed run may have left half a line
+        append_line(self.folder / "metrics.jsonl", {"time": round(time.time(), 3), "event": event, **values})
 
     def logger(self, event: str, **labels: Any) -> Callable[[dict[str, float]], None]:
         """A function that logs metrics under an event and fixed labels."""
@@ -89,15 +85,8 @@ class Run:
 
     def events(self, event: str) -> Iterator[dict[str, Any]]:
         """The lines of one event; after a resume, the later line of the same epoch stands."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return
         latest: dict[Any, dict[str, Any]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the line a killed run was writing
+        for number, entry in enumerate(read_lines(self.folder / "metrics.jsonl")):
             if entry.get("event") == event:
                 latest[entry.get("epoch", -number)] = entry
         yield from latest.values()

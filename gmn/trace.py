@@ -3,13 +3,15 @@
 No symbolic tracing: the network runs for real on its example inputs, under a `TorchFunctionMode` that sees every
 call of the torch API, so control flow, subclasses and in-place operations are followed as they happen. Modules for
 which the caller has a rule ("leaves") are recorded as one operation and not looked into.
+
+What runs outside of Python (a scripted function, a compiled module, a detour over numpy) is not seen. A tensor that
+appears from nowhere gives that away, and the network is exported instead (`gmn.trace_export`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,50 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gmn.errors import ConversionError
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for a value of the trace: a tensor that depends on the inputs or on a parameter."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Op:
-    """One recorded operation.
-
-    Attributes:
-        name: `module` for a leaf module, else the name of the torch function, such as `conv2d` or `add`.
-        func: The torch function itself; None for a leaf module.
-        module: Qualified name of the leaf module, or of the innermost module that called the function.
-        args, kwargs: As called, tensors that depend on the inputs or parameters replaced by `Ref`.
-        outputs: Structure of the result, tensors replaced by `Ref`.
-    """
-
-    name: str
-    func: Callable[..., Any] | None
-    module: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: Any
-
-    def inputs(self) -> list[int]:
-        """Numbers of the values read."""
-        leaves, _ = tree_flatten((self.args, self.kwargs))
-        return [leaf.value for leaf in leaves if isinstance(leaf, Ref)]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Operations in order; shapes of all values; which are inputs (and integers), outputs, parameters and buffers."""
-
-    ops: tuple[Op, ...]
-    shapes: dict[int, tuple[int, ...]]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    params: dict[int, str]
-    integers: frozenset[int] = frozenset()
+from gmn.records import Op, Ref, Trace
+from gmn.trace_export import trace_export
 
 
 def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], bool]) -> Trace:
@@ -89,11 +49,20 @@ def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], 
                 got=f"input shape {shapes}",
                 hint=str(error).strip().split("\n")[0],
             ) from error
+    if recorder.hidden and (exported := _export(model, args, kwargs)) is not None:
+        return exported
     outputs = [
         recorder.refs[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor) and id(t) in recorder.refs
     ]
     integers = frozenset(n for n in inputs if not recorder.alive[n].is_floating_point())
-    return Trace(tuple(recorder.ops), recorder.shapes, inputs, tuple(outputs), recorder.params, integers)
+    return Trace(
+        tuple(recorder.ops), recorder.shapes, inputs, tuple(outputs), recorder.params, integers, blind=recorder.hidden
+    )
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:
+    with evaluation(model), torch.no_grad():
+        return trace_export(model, args, kwargs)
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -114,6 +83,8 @@ class _Recorder(TorchFunctionMode):
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.scope: list[str] = [""]
         self.paused = 0
+        self.hidden = False  # whether a tensor appeared that no recorded operation made
+        self.plain = {id(t): t for module in model.modules() for t in _attributes(module)}
         self.params: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.params[self.track(tensor)] = name
@@ -128,6 +99,11 @@ class _Recorder(TorchFunctionMode):
 
     def to_refs(self, tree: Any) -> Any:
         return tree_map(lambda x: Ref(self.refs[id(x)]) if isinstance(x, Tensor) and id(x) in self.refs else x, tree)
+
+    def check(self, *arguments: Any) -> None:
+        """Notice tensors that came from nowhere."""
+        leaves = (leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor))
+        self.hidden |= any(id(t) not in self.refs and id(t) not in self.plain for t in leaves)
 
     def record(self, name: str, func: Callable[..., Any] | None, args: Any, kwargs: Any, result: Any) -> None:
         outputs = tree_map(lambda x: Ref(self.track(x)) if isinstance(x, Tensor) else x, result)
@@ -144,13 +120,20 @@ class _Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         ref_args, ref_kwargs = self.to_refs(args), self.to_refs(kwargs)
+        self.check(args, kwargs)
         result = func(*args, **kwargs)
+        self.plain.update({id(t): t for t in tree_flatten(result)[0] if isinstance(t, Tensor)})
         name = getattr(func, "__name__", str(func))
         mutated = args[0] if name == "__setitem__" else result
         reads = any(isinstance(leaf, Ref) for leaf in tree_flatten((ref_args, ref_kwargs))[0])
         if reads and any(isinstance(leaf, Tensor) for leaf in tree_flatten(mutated)[0]):
             self.record(name, func, ref_args, ref_kwargs, mutated)
         return result
+
+
+def _attributes(module: nn.Module) -> list[Tensor]:
+    """Tensors that a module keeps beside its parameters and buffers."""
+    return [leaf for leaf in tree_flatten(list(vars(module).values()))[0] if isinstance(leaf, Tensor)]
 
 
 @contextmanager
@@ -177,6 +160,7 @@ def _hooked(model: nn.Module, recorder: _Recorder, is_leaf: Callable[[nn.Module]
             recorder.scope.append(name)
             if leaf:
                 if not recorder.paused:
+                    recorder.check(args, kwargs)
                     pending.append((recorder.to_refs(args), recorder.to_refs(kwargs)))
                 recorder.paused += 1
 

@@ -16,9 +16,10 @@ import torch
 from conftest import TINY
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Here = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("name", ["meta-train", "prune", "report"])
+@pytest.mark.parametrize("name", ["meta-train", "prune", "report", "inspect", "convert"])
 def test_help_has_an_example(command: Command, tmp_path: Path, name: str) -> None:
     result = command(name, "--help", cwd=tmp_path)
     assert result.returncode == 0
@@ -91,3 +92,93 @@ def test_debug_shows_the_traceback(command: Command, tmp_path: Path) -> None:
     result = command("--debug", "report", "nowhere", cwd=tmp_path)
     assert result.returncode != 0
     assert "Traceback" in result.stderr
+
+
+# -- inspect and convert: many short calls, so in this process ---------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Here:
+    """Call `gmn ARGS` in an empty folder: exit code, stdout, stderr."""
+    from gmn.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["gmn", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_inspect(here: Here, tmp_path: Path) -> None:
+    code, out, err = here("inspect", "cifar.resnet8", "--set-option", "shortcut=B", "--draw", "graph.png")
+    assert (code, err) == (0, "")
+    assert "conv1  Conv2d  weight [16, 3, 3, 3]  in the graph" in out
+    assert "layer1.0.conv1" in out
+    assert "parameters: 78,042, in the graph 78,042 (100%)" in out
+    assert (tmp_path / "graph.png").stat().st_size > 5000
+    code, shorter, _ = here("inspect", "cifar.resnet8", "--set-option", "shortcut=B", "--no-groups")
+    assert len(shorter) < len(out)
+
+
+def test_convert_there_and_back(here: Here, tmp_path: Path) -> None:
+    import gmn
+
+    model = gmn.build_network("cifar.resnet8", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    there = ("convert", "cifar.resnet8", "--classes", "7", "--weights", "own.pt", "-o", "graph.safetensors")
+    code, out, err = here(*there)
+    assert (code, err) == (0, "")
+    assert "wrote graph.safetensors" in out
+    assert "round trip: bit-exact" in out
+    code, out, err = here("convert", "graph.safetensors", "-o", "weights.safetensors")
+    assert (code, err) == (0, "")
+    assert "state dict of cifar.resnet8, 44 tensors" in out
+    other = gmn.build_network("cifar.resnet8", num_classes=7)
+    gmn.load_weights(other, tmp_path / "weights.safetensors")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    before = (tmp_path / "graph.safetensors").read_bytes()
+    assert "the output exists" in mistake(here, *there)
+    assert (tmp_path / "graph.safetensors").read_bytes() == before
+    assert here(*there, "--overwrite")[0] == 0
+    assert "(100%)" in here("inspect", "graph.safetensors")[1]
+
+
+def mistake(here: Here, *arguments: str) -> str:
+    """The one line that a wrong call prints."""
+    code, out, err = here(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("gmn: ")
+    assert len(err.splitlines()) == 1
+    return err
+
+
+def test_mistakes_of_inspect_and_convert(here: Here, tmp_path: Path) -> None:
+    assert "'cifar.resnet20'" in mistake(here, "inspect", "cifar.resnett20")
+    assert "input size" in mistake(here, "inspect", "cifar.resnet8", "--input", "3,x")
+    assert "example inputs" in mistake(here, "inspect", "cifar.resnet8", "--input", "32")
+    assert "no such file" in mistake(here, "inspect", "nowhere.safetensors")
+    assert "no saved network" in mistake(here, "inspect", ".")
+    assert "ends in .safetensors" in mistake(here, "convert", "cifar.resnet8", "-o", "graph.pt")
+    assert "kind of picture" in mistake(here, "inspect", "cifar.resnet8", "--draw", "graph.doc")
+    (tmp_path / "text").write_text("no graph")
+    assert "cannot read the file" in mistake(here, "convert", "text", "-o", "weights.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_graph_file_that_names_a_function(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_nets.py").write_text("from torch import nn\ndef make(num_classes, in_channels):\n"
+                                          "    return nn.Linear(in_channels, num_classes)\n")  # fmt: skip
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert here("convert", "own_nets:make", "--input", "6", "--classes", "3", "-o", "g.safetensors")[0] == 0
+    assert "--network own_nets:make" in mistake(here, "convert", "g.safetensors", "-o", "w.safetensors")
+    code, out, _ = here("convert", "g.safetensors", "--network", "own_nets:make", "-o", "w.safetensors")
+    assert code == 0
+    assert "2 tensors" in out

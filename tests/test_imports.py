@@ -15,9 +15,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "address", "graph", "groups", "settings", "names", "spec_check"},
+    {"errors", "address", "graph", "groups", "settings", "names", "spec_check"}
+    | {"views", "drawing", "placement", "strokes"},
     {
-        *("trace", "flow", "builder", "assemble", "rules", "reader", "convert", "converters"),
+        *("records", "trace", "trace_export", "flow", "builder", "assemble", "rules", "reader", "convert", "converters"),
         *("layers", "layers_pyg", "metanetwork"),
     },
     {"criteria", "surgery", "ranking", "costs"},
@@ -31,7 +32,7 @@ LAYERS = (
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BLIND = ("metanetwork", "layers", "layers_pyg", "vote")
-ARCHITECTURES = {"convert", "converters", "rules", "reader", "builder", "assemble", "flow", "trace"} | {
+ARCHITECTURES = {"convert", "converters", "rules", "reader", "builder", "assemble", "flow", "records", "trace"} | {
     "cifar",
     "networks",
 }
