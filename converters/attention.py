@@ -67,6 +67,9 @@ def attend(call: Call) -> Flow | None:
     query, key, value = (call.argument(i, name) for i, name in enumerate(("query", "key", "value")))
     if not all(isinstance(flow, Flow) for flow in (query, key, value)):
         return None
+    mask = call.argument(3, "attn_mask")
+    if isinstance(mask, Flow):
+        call.builder.freeze(mask.nodes, f"added to attention scores in {call.name}")
     batch = "abcdefgh"[: query.ids.dim() - 2]
     shape = (*query.ids.shape[:-1], key.ids.shape[-2])
     scores = multiply(call, (query, batch + "xz"), (key, batch + "yz"), batch + "xy", shape)

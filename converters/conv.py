@@ -17,7 +17,7 @@ class ConvConverter(Converter):
         """Channels lie along the axis after the batch, also without a batch axis."""
         conv = call.module
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        return convolve(call, conv.weight, conv.bias, conv.groups)
+        return convolve(call, conv.weight, conv.bias, conv.groups, gain=getattr(conv, "gain", None))
 
 
 @register_converter(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -57,9 +57,18 @@ def _filter(call: Call) -> Flow | None:
 
 
 def convolve(
-    call: Call, weight: Tensor | None, bias: Tensor | None, groups: int, *, transposed: bool = False
+    call: Call,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    *,
+    transposed: bool = False,
+    gain: Tensor | None = None,
 ) -> Flow | None:
-    """Nodes and edges of a convolution; None if its weight is no parameter of the model."""
+    """Nodes and edges of a convolution; None if its weight is no parameter of the model.
+
+    `gain`: one factor per output channel, as a convolution with standardised weights has.
+    """
     name = call.builder.name_of(weight)
     if weight is None or name not in call.builder.params:
         return None
@@ -72,4 +81,7 @@ def convolve(
     perm = (0, 2, 1, 3) if transposed else (0, 1, 2, 3)
     call.builder.add_weight(name, source, nodes, shape=(groups, first, second, taps), kernel=kernel, perm=perm)
     call.attach_bias(nodes, bias)
+    factor = call.builder.name_of(gain)
+    if gain is not None and factor is not None and gain.numel() == out:
+        call.builder.attach(nodes, {"scale": factor})
     return call.mixed(flow, nodes, axis) if mixes else call.output(call.builder.ids(nodes), axis, "raw")

@@ -110,7 +110,7 @@ class Builder:
         self.attention: list[Attention] = []
         self.open_inputs: dict[int, int] = {}  # first node -> input whose channel axis is still a guess
         self.shared: set[str] = set()  # modules whose parameters are read by more than one call
-        self._homes: dict[tuple[str, int], Group] = {}
+        self._homes: dict[tuple[str, str], Group] = {}
         self._uses: dict[str, Edges] = {}  # first use of each weight
         self._next = 0
 
@@ -126,9 +126,9 @@ class Builder:
 
     def layer_nodes(self, param: str, name: str, size: int, kind: str, sources: Tensor | None) -> Group:
         """The nodes of a weight: new ones, or those it made before, when its layer is called again."""
-        made = self._homes.get((param, size))
+        made = self._homes.get((param, name))
         if made is None:
-            made = self._homes[param, size] = self.add_nodes(name, size, kind, sources)
+            made = self._homes[param, name] = self.add_nodes(name, size, kind, sources)
         return made
 
     @property
@@ -209,7 +209,7 @@ class Builder:
         """Forbid the removal of nodes whose parameter surgery cannot cut."""
         owner = param.rpartition(".")[0]
         layer = self.model.get_submodule(owner)
-        if not isinstance(layer, CUTTABLE):
+        if not isinstance(layer, CUTTABLE) or layer._parameters.keys() - {"weight", "bias"}:
             self.freeze(nodes, f"no surgery for {type(layer).__name__} {owner}".rstrip())
 
     # -- node features -------------------------------------------------------------------------------------------
@@ -230,8 +230,11 @@ class Builder:
         return True
 
     def attach_or_fail(self, group: Group, values: dict[str, str]) -> None:
-        """Like `attach`; raises if the layout has no free column."""
+        """Like `attach`; raises if the layout has no such column. Second numbers for a column are carried through."""
         if not self.attach(group, values):
+            if set(values) <= set(self.layout.columns):  # taken: a weight that is used with several biases
+                self.freeze(self.ids(group), f"{group.name} has two of {', '.join(values)}")
+                return
             raise ConversionError(
                 "the layout has no free node feature",
                 expected=f"columns for {', '.join(values)}",

@@ -25,8 +25,10 @@ LAYERS = (
     *(
         {"data", "images", "sources", "cifar", "networks", "training", "progress", "checkpoint", "meta_train"}
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
-        | {"inspection", "inspection_report"},
+        | {"inspection", "inspection_report"}
+        | {"suites", "suite_networks", "jsonl"},
         {"subject", "convert_cli"}
+        | {"bench", "bench_checks", "bench_convert", "bench_report"}
         | {"pipeline", "compare", "job", "run", "report", "plots", "recipe", "cli", "api", "__init__", "__main__"},
     ),
 )
