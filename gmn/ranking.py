@@ -19,7 +19,7 @@ from gmn.errors import PruningError
 from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.settings import Criterion, Prune
-from gmn.surgery import remove
+from gmn.surgery import remove, settled
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def prune_to(
             expected=f"a target above {before.flops / cost(model, example_inputs).flops:.2f}x",
             got=f"{config.speed_up:g}x",
         )
-    coupled = couplings(graph.spec)
+    coupled = settled(model, graph.spec, couplings(graph.spec), example_inputs)
     masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, config, criterion))
     cut = lambda mask: remove(model, graph.spec, mask, example_inputs, coupled=coupled)  # noqa: E731
     low, high = 0, len(masks)

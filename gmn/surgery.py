@@ -6,6 +6,7 @@ Surgery knows nothing about scores or votes: it takes the network, the graph's s
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,31 @@ def remove(
         smaller.get_parameter(name).requires_grad_(parameter.requires_grad)  # torch-pruning makes new ones
     _prove(smaller, example_inputs)
     return smaller
+
+
+def settled(model: nn.Module, spec: GraphSpec, coupled: Couplings, example_inputs: Any) -> Couplings:
+    """The couplings, with those groups frozen whose size is written in the network's code (`view(-1, 1024)`).
+
+    Found by trial: one channel of every group is removed, and if the rest does not run, the groups are bisected.
+    """
+    free = [g for g in coupled.group[coupled.prunable].unique().tolist() if int((coupled.group == g).sum()) > 1]
+    stuck = dict.fromkeys(_stuck(model, spec, coupled, example_inputs, free), "its size is written in the code")
+    return dataclasses.replace(coupled, frozen={**coupled.frozen, **stuck}) if stuck else coupled
+
+
+def _stuck(model: nn.Module, spec: GraphSpec, coupled: Couplings, example_inputs: Any, groups: list[int]) -> list[int]:
+    if not groups:
+        return []
+    keep = torch.ones(coupled.num_channels, dtype=torch.bool)
+    keep[[int((coupled.group == g).nonzero()[-1]) for g in groups]] = False
+    try:
+        remove(model, spec, KeepMask(coupled.nodes(keep)), example_inputs, coupled=coupled)
+    except PruningError:
+        half = len(groups) // 2
+        halves = (groups[:half], groups[half:]) if half else ()
+        found = [g for part in halves for g in _stuck(model, spec, coupled, example_inputs, part)]
+        return found if half else groups
+    return []
 
 
 def _cut_layer(modules: dict[str, nn.Module], param: str, slots: list[EdgeSlot], spec: GraphSpec, keep: Tensor) -> None:

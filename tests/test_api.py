@@ -76,6 +76,23 @@ def test_a_layer_without_a_rule_stays_whole(layer: type[nn.Module]) -> None:
     assert pruned[4].out_channels == pruned[9].in_features == 8  # type: ignore[index, union-attr]
 
 
+class Written(nn.Module):
+    """The number of channels stands in the code; nothing in the graph shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = network()[:6], nn.Linear(8 * 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).view(-1, 8 * 4))
+
+
+def test_channels_whose_number_is_written_in_the_code_stay_whole() -> None:
+    pruned = gmn.prune(Written(), IMAGES, speed_up=1.5).model
+    sizes = [layer.out_channels for layer in pruned.body if isinstance(layer, nn.Conv2d)]  # type: ignore[union-attr]
+    assert sizes[2] == 8 > sizes[1]
+
+
 def test_a_layer_without_a_rule_can_be_refused() -> None:
     with pytest.raises(gmn.GmnError, match=r"no rule for Odd '8'.*on_unknown='keep'"):
         gmn.prune(network(Odd(8)), IMAGES, speed_up=1.5, on_unknown="error")
