@@ -48,7 +48,7 @@ class PReLUConverter(Converter):
         name = call.builder.name_of(weight)
         if len(weight) == 1 or name is None:
             return flow.closed(call.uses)
-        return _on_channels(call, flow, flow.channel_axis(1, size=len(weight)), {"slope": name})
+        return _on_channels(call, flow, flow.channel_axis(1, size=len(weight)), {"slope": name}, own=True)
 
 
 def _combine(call: Call, column: str) -> Flow | None:
@@ -125,16 +125,16 @@ def _per_channel(call: Call, flow: Flow, values: dict[str, Parameters]) -> Flow 
     return _on_channels(call, flow, axis, names) if names else None
 
 
-def _on_channels(call: Call, flow: Flow, axis: int | None, names: dict[str, str]) -> Flow | None:
+def _on_channels(call: Call, flow: Flow, axis: int | None, names: dict[str, str], *, own: bool = False) -> Flow | None:
     if axis is None or not set(names) <= set(call.builder.layout.columns):
         return None
     channels, builder = flow.channels(axis), call.builder
     layer = builder.whole_group(channels) if call.flows[0].uses == 1 else None
-    if layer is None or not builder.attach(layer, names):
+    if layer is None or not builder.attach(layer, names, own=own):
         name = next(iter(names.values()))
         layer = builder.layer_nodes(f"{name} channels", name, len(channels), "scale", channels)
         builder.add_identity(name, channels, builder.ids(layer), dense=False)
-        builder.attach_or_fail(layer, names)
+        builder.attach(layer, names, own=own)
     return call.output(builder.ids(layer), axis)
 
 

@@ -199,6 +199,7 @@ class _Assembly:
             frozen=tuple(self._frozen()),
             heads=tuple(dict.fromkeys((_span(self.final[a.value.long()]), a.heads) for a in self.heads)),
             ties=tuple(self._ties()),
+            followers=tuple((n, axis, as_runs(self.final[nodes.long()])) for n, axis, nodes in builder.followers),
         )
 
     def groups_with_slots(self) -> list[Group]:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from gmn.address import Shape4
 from gmn.errors import ConversionError
 from gmn.flow import NO_NODE, Flow
 
-# what surgery can cut; a layer with a rule of its own is converted, but stays whole
-CUTTABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# layers whose sizes surgery knows; a layer with a rule of its own is converted, but stays whole
+CUTTABLE = (_ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
 IDENTITY_KERNEL: tuple[int, ...] = (1,)
 ROLES = ("q", "k", "v")
 
@@ -106,6 +108,7 @@ class Builder:
         self.frozen: list[tuple[Tensor, str]] = []
         self.regrouped: list[tuple[Tensor, str]] = []
         self.ties: list[tuple[Tensor, Tensor]] = []
+        self.followers: list[tuple[str, int, Tensor]] = []
         self.merged: list[tuple[Tensor, Tensor]] = []
         self.attention: list[Attention] = []
         self.open_inputs: dict[int, int] = {}  # first node -> input whose channel axis is still a guess
@@ -205,19 +208,27 @@ class Builder:
         """The k-th nodes of both go together, although no edge says so."""
         self.ties.append((first, second))
 
+    def follow(self, name: str, axis: int, channels: Tensor) -> None:
+        """A carried tensor has one entry per channel along an axis, such as a position embedding."""
+        for other, other_axis, nodes in self.followers:
+            if (other, other_axis) == (name, axis):
+                self.tie(nodes, channels)
+        self.followers.append((name, axis, channels))
+
     def freeze_uncuttable(self, param: str, nodes: Tensor) -> None:
-        """Forbid the removal of nodes whose parameter surgery cannot cut."""
+        """Forbid the removal of nodes whose layer has sizes that surgery does not know of."""
         owner = param.rpartition(".")[0]
         layer = self.model.get_submodule(owner)
-        if not isinstance(layer, CUTTABLE) or layer._parameters.keys() - {"weight", "bias"}:
+        if not isinstance(layer, CUTTABLE):
             self.freeze(nodes, f"no surgery for {type(layer).__name__} {owner}".rstrip())
 
     # -- node features -------------------------------------------------------------------------------------------
 
-    def attach(self, group: Group, values: dict[str, str]) -> bool:
+    def attach(self, group: Group, values: dict[str, str], *, own: bool = True) -> bool:
         """Put per-channel numbers (column name -> parameter name) on a group's nodes, if their columns are free.
 
-        Numbers that are there already (a layer that is called again) are not put twice.
+        Numbers that are there already (a layer that is called again) are not put twice. `own`: they belong to a
+        layer of a known type; a parameter that some module just multiplies with has no size beside it.
         """
         places = {self._place(group, values, column): param.lstrip(".") for column, param in values.items()}
         if places.items() <= group.slots.items():
@@ -225,8 +236,9 @@ class Builder:
         if not places.keys() <= set(self.layout.columns) or places.keys() & group.slots.keys():
             return False
         group.slots |= places
-        for param in places.values():
-            self.freeze_uncuttable(param, self.ids(group))
+        if own:
+            for param in places.values():
+                self.freeze_uncuttable(param, self.ids(group))
         return True
 
     def attach_or_fail(self, group: Group, values: dict[str, str]) -> None:

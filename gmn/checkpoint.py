@@ -19,7 +19,7 @@ from gmn.builder import Layout
 from gmn.errors import CheckpointError, GmnError
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network
-from gmn.surgery import resize, shapes
+from gmn.surgery import resize
 
 FORMAT = 1  # raised when a reader of older files would misread newer ones
 
@@ -147,12 +147,12 @@ def save_model(folder: Path, model: nn.Module, network: dict[str, Any], **facts:
         facts: Anything else worth keeping, such as accuracy and input shape; JSON.
     """
     save_tensors(folder / "weights.safetensors", dict(model.state_dict()), {"kind": "model"})
-    content = {"format": FORMAT, "network": network, "sizes": shapes(model), **facts}
+    content = {"format": FORMAT, "network": network, **facts}
     save_json(folder / "model.json", content)  # last: a folder with this file is whole
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """A saved network in eval mode: built by name, cut to its saved sizes, filled with its weights.
+    """A saved network in eval mode: built by name, cut to the sizes of its weights, filled with them.
 
     Raises:
         CheckpointError: if a file is missing, torn, or does not fit the network.
@@ -165,7 +165,7 @@ def load_model(folder: str | Path) -> nn.Module:
         options = {k: v for k, v in network.pop("options", {}).items() if k not in ("weights", "pretrained")}
         with torch.random.fork_rng(devices=[]):
             model = build_network(**network, options=options)
-        resize(model, content["sizes"]).load_state_dict(tensors)
+        resize(model, {name: tensor.shape for name, tensor in tensors.items()}).load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         message = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
         raise CheckpointError("the saved network cannot be rebuilt", got=message, where=str(folder)) from error

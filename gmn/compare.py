@@ -25,7 +25,7 @@ from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
 from gmn.ranking import mask_steps
 from gmn.settings import Fit
-from gmn.surgery import remove
+from gmn.surgery import remove, settled
 from gmn.training import evaluate, recalibrate
 
 CURVE_POINTS = 8
@@ -96,7 +96,7 @@ def _row(
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.log("result", **facts)
     content = load_json(folder / "model.json")
-    return {key: value for key, value in content.items() if key not in ("sizes", "network", "format", "input_shape")}
+    return {key: value for key, value in content.items() if key not in ("network", "format", "input_shape")}
 
 
 def _measure(job: Job, model: nn.Module, before: Cost) -> dict[str, float]:
@@ -152,7 +152,7 @@ def _curve(
 
 def _curve_of(job: Job, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
     graph = job.graph(model)
-    coupled = couplings(graph.spec)
+    coupled = settled(model, graph.spec, couplings(graph.spec), job.example)
     masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, job.recipe.prune, job.recipe.criterion))
     points = [
         (before.flops / cost(model, job.example).flops, evaluate(model, job.data.val, limit=CURVE_IMAGES).accuracy)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from gmn.address import EdgeSlot, NodeSlot, Range, positions
+from gmn.address import EdgeSlot, NodeSlot, Range, Runs, positions
 from gmn.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class GraphSpec:
         frozen: Ranges of nodes that must not be removed, each with the reason.
         heads: Ranges of attention nodes, each with its number of heads; the nodes of a head go together.
         ties: Pairs of ranges whose k-th nodes go together although no identity edge says so.
+        followers: Carried tensors with an axis along which they have one entry per node: (name, axis, nodes).
     """
 
     groups: tuple[NodeGroup, ...]
@@ -95,6 +96,7 @@ class GraphSpec:
     frozen: tuple[tuple[Range, str], ...]
     heads: tuple[tuple[Range, int], ...] = ()
     ties: tuple[tuple[Range, Range], ...] = ()
+    followers: tuple[tuple[str, int, Runs], ...] = ()
 
     @property
     def num_nodes(self) -> int:

@@ -27,7 +27,7 @@ class Source(BaseModel):
     num_classes: int = Field(ge=1)
     in_channels: int = Field(default=3, ge=1)
     options: dict[str, Any] = {}
-    sizes: dict[str, dict[str, int]] | None = None
+    sizes: dict[str, list[int]] | None = None
 
     def build(self) -> nn.Module:
         """The network in eval mode, with weights that mean nothing; torch's random state is left as it was.

@@ -103,7 +103,10 @@ class _Reader:
         names = tuple(dict.fromkeys(name for p in call.parameters for name in p.names))
         shape = self.record.shapes[ref.value]
         source = call.parameters[0] if len(call.parameters) == 1 else None
-        if source is None or source.origin is None or math.prod(source.shape) != math.prod(shape):
+        if source is None or source.origin is None:
+            return Parameters(names, shape)
+        full = math.prod(self.builder.tensor(source.origin).shape) == math.prod(shape)
+        if not full and op.name not in ("expand", "expand_as", "repeat"):
             return Parameters(names, shape)
         if len(source.shape) == 2 and _flips(op):
             return Parameters(names, shape, source.origin, not source.flipped)

@@ -65,13 +65,34 @@ class Call:
             self.builder.freeze(flow.nodes, reason)
 
     def freeze_beside_constants(self) -> None:
-        """Forbid to prune activations that meet a tensor of fixed size: it would not follow a pruned network."""
+        """Forbid to prune activations that meet a tensor of fixed size, unless it can be cut with them.
+
+        A parameter with one entry per channel follows the channels; a constant that is broadcast does not care.
+        """
         leaves = tree_flatten((self.args, self.kwargs))[0]
-        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, (Parameters, Tensor))]
         for flow in self.flows:
             axis = flow.channel_axis(1, -1)
-            if any(_blocks(shape, len(self.shape), axis) for shape in shapes):
-                self.builder.freeze(flow.nodes, f"meets a constant in {self.name or 'the network'}")
+            for leaf in leaves:
+                if isinstance(leaf, (Parameters, Tensor)) and not self._beside(flow, axis, leaf):
+                    self.builder.freeze(flow.nodes, f"meets a constant in {self.name or 'the network'}")
+
+    def _beside(self, flow: Flow, axis: int | None, constant: Parameters | Tensor) -> bool:
+        """Whether channels can be removed beside this constant."""
+        shape = tuple(constant.shape)
+        if axis is None:
+            return math.prod(shape) <= 1
+        position = axis - len(self.shape) + len(shape)
+        if position < 0 or shape[position] == 1:
+            return True
+        name, channels = getattr(constant, "origin", None), flow.channels(axis)
+        if name is None or len(channels) != shape[position] or bool((channels < 0).any()):
+            return False
+        own = self.builder.tensor(name).shape
+        same = len(own) == len(shape) and all(a in (1, b) for a, b in zip(own, shape, strict=True))
+        if not same or own[position] == 1:
+            return False
+        self.builder.follow(name, position, channels)
+        return True
 
     def output(self, channels: Tensor, axis: int, stage: str = "closed") -> Flow:
         """The result: `channels` along one axis. Nothing is merged into a layer that is called more than once."""
@@ -115,14 +136,6 @@ class Parameters:
     shape: tuple[int, ...]
     origin: str | None = None
     flipped: bool = False
-
-
-def _blocks(shape: tuple[int, ...], dims: int, axis: int | None) -> bool:
-    """Whether a constant has an entry per channel; one that is broadcast over the channels does not care."""
-    if axis is None:
-        return math.prod(shape) > 1
-    position = axis - dims + len(shape)
-    return position >= 0 and shape[position] > 1
 
 
 class Converter(ABC):

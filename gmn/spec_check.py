@@ -52,6 +52,7 @@ def check_spec(spec: GraphSpec, nodes: Shape, edges: Sequence[Shape | None], buf
     _check_places(spec)
     _check_homes(spec)
     _check_marks(spec)
+    _check_followers(spec, buffers)
 
 
 def _fail(field: str, expected: str, got: object) -> NoReturn:
@@ -210,3 +211,12 @@ def _check_marks(spec: GraphSpec) -> None:
         _check_range(f"ties[{index}]", other, spec.num_nodes)
         if one[1] != other[1]:
             _fail(f"ties[{index}]", "two ranges of one length", (one, other))
+
+
+def _check_followers(spec: GraphSpec, buffers: Mapping[str, Shape]) -> None:
+    """Carried tensors that follow channels have an axis for it."""
+    for index, (name, axis, followed) in enumerate(spec.followers):
+        shape = spec.carried.get(name, buffers.get(name, ()))
+        if not 0 <= axis < len(shape):
+            _fail(f"followers[{index}]", "a carried tensor and one of its axes", (name, axis))
+        _check_runs(f"followers[{index}]", followed, spec.num_nodes, shape[axis])

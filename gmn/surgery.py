@@ -1,32 +1,27 @@
-"""Remove channels for real: a `KeepMask` over the graph's nodes becomes a smaller network (torch-pruning cuts).
+"""Remove channels for real: a `KeepMask` over the graph's nodes becomes a smaller network.
 
-Surgery knows nothing about scores or votes: it takes the network, the graph's structure and a mask.
+Surgery knows nothing about scores or votes, and little about layers: the address of every number says which nodes it
+belongs to, so a tensor loses the rows and columns whose nodes go. Only the sizes that modules keep beside their
+tensors (`out_channels`, `normalized_shape`, ...) have to be known by type.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from gmn.address import EdgeSlot
+from gmn.address import positions
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.trace import evaluation, split_inputs
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-SHAPE_FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
-    **dict.fromkeys(_CONVS, ("in_channels", "out_channels", "groups")),
-    **dict.fromkeys(_NORMS, ("num_features",)),
-    nn.Linear: ("in_features", "out_features"),
-}
 
 
 def remove(
@@ -47,22 +42,103 @@ def remove(
         coupled: Couplings of the graph, if the caller has them.
 
     Raises:
-        PruningError: if the mask does not fit, a module cannot be cut, or the smaller network does not run.
+        PruningError: if the mask does not fit, or the smaller network does not run.
     """
     mask.validate(spec, coupled or couplings(spec))
     smaller = copy.deepcopy(model)
-    modules = dict(smaller.named_modules())
-    for param, slots in spec.weights().items():
-        _cut_layer(modules, param, slots, spec, mask.keep)
-    for norm, nodes in {
-        s.param.rpartition(".")[0]: s.nodes for s in spec.node_slots if spec.columns[s.column] != "bias"
-    }.items():
-        if isinstance(modules[norm], _NORMS):
-            _cut(tp.prune_batchnorm_out_channels, modules[norm], ~mask.keep[nodes[0] : sum(nodes)])
-    for name, parameter in model.named_parameters():
-        smaller.get_parameter(name).requires_grad_(parameter.requires_grad)  # torch-pruning makes new ones
+    tensors = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
+    kept = {name: _kept(spec, name, tensors[name], mask.keep) for name in _held(spec)}
+    _replace(smaller, {name: _cut(tensors[name], keep) for name, keep in kept.items() if not bool(keep.all())})
     _prove(smaller, example_inputs)
     return smaller
+
+
+def _held(spec: GraphSpec) -> list[str]:
+    """Every tensor of which a number belongs to a node."""
+    names = [*spec.weights(), *(slot.param for slot in spec.node_slots), *(name for name, _, _ in spec.followers)]
+    return list(dict.fromkeys(names))
+
+
+def _kept(spec: GraphSpec, name: str, tensor: Tensor, keep: Tensor) -> Tensor:
+    """Bool of the tensor's shape: the numbers whose nodes all stay."""
+    slots = spec.weights().get(name)
+    if slots:
+        pieces, out, into, taps = slots[0].canonical_shape
+        rows = keep[spec.made_by(slots)].view(pieces, out, 1, 1)
+        cols = keep[spec.read_by(slots)].view(pieces, 1, into, 1)
+        return slots[0].restore((rows & cols).expand(pieces, out, into, taps), tensor.shape)
+    stays = torch.ones(tensor.shape, dtype=torch.bool)
+    for slot in spec.node_slots:
+        if slot.param == name:
+            slot.write(stays.view(-1), keep[slot.nodes[0] : sum(slot.nodes)])
+    for follower, axis, nodes in spec.followers:
+        if follower == name:
+            stays &= keep[positions(nodes)].view([-1 if d == axis else 1 for d in range(tensor.dim())])
+    return stays
+
+
+def _cut(tensor: Tensor, keep: Tensor) -> Tensor:
+    """The tensor without the rows, columns, ... of which nothing is kept."""
+    for axis in range(tensor.dim()):
+        alive = keep.any(dim=[d for d in range(keep.dim()) if d != axis]) if keep.dim() > 1 else keep
+        tensor = tensor.detach().index_select(axis, alive.nonzero().flatten().to(tensor.device))
+    return tensor
+
+
+def _replace(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put new tensors into a network, in place; what was shared stays shared."""
+    places: dict[int, Tensor] = {}
+    for name, new in tensors.items():
+        owner, _, key = name.rpartition(".")
+        old = getattr(model.get_submodule(owner), key)
+        places[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for key, old in own.items():
+                if id(old) in places:
+                    own[key] = places[id(old)]  # type: ignore[assignment]
+        _sync(module)
+
+
+def _sync(module: nn.Module) -> None:
+    """Bring the sizes that a module keeps in line with its tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, _NormBase):
+        sample = module.weight if module.affine else module.running_mean
+        module.num_features = module.num_features if sample is None else len(sample)
+    elif isinstance(module, _ConvNd):
+        _sync_conv(module)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+
+
+def _sync_conv(conv: _ConvNd) -> None:
+    first, second = conv.weight.shape[:2]
+    if conv.groups == conv.out_channels > 1:  # depthwise
+        conv.groups = first
+    if isinstance(conv, _ConvTransposeNd):
+        conv.in_channels, conv.out_channels = first, second * conv.groups
+    else:
+        conv.out_channels, conv.in_channels = first, second * conv.groups
+
+
+def _prove(model: nn.Module, example_inputs: Any) -> None:
+    args, kwargs = split_inputs(example_inputs)
+    with evaluation(model), torch.no_grad():
+        try:
+            model(*args, **kwargs)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            message = str(error).strip().split("\n")[0]
+            hint = "a size written in its code, such as view(-1, 1024)? flatten(1) follows the channels"
+            raise PruningError("the pruned network does not run", got=message, hint=hint) from error
 
 
 def settled(model: nn.Module, spec: GraphSpec, coupled: Couplings, example_inputs: Any) -> Couplings:
@@ -70,7 +146,8 @@ def settled(model: nn.Module, spec: GraphSpec, coupled: Couplings, example_input
 
     Found by trial: one channel of every group is removed, and if the rest does not run, the groups are bisected.
     """
-    free = [g for g in coupled.group[coupled.prunable].unique().tolist() if int((coupled.group == g).sum()) > 1]
+    sizes = torch.bincount(coupled.group)
+    free = [g for g in coupled.group[coupled.prunable].unique().tolist() if int(sizes[g]) > 1]
     stuck = dict.fromkeys(_stuck(model, spec, coupled, example_inputs, free), "its size is written in the code")
     return dataclasses.replace(coupled, frozen={**coupled.frozen, **stuck}) if stuck else coupled
 
@@ -90,87 +167,23 @@ def _stuck(model: nn.Module, spec: GraphSpec, coupled: Couplings, example_inputs
     return []
 
 
-def _cut_layer(modules: dict[str, nn.Module], param: str, slots: list[EdgeSlot], spec: GraphSpec, keep: Tensor) -> None:
-    """Cut the rows and columns of one weight."""
-    block = spec.blocks[slots[0].block]
-    layer = modules[param.rpartition(".")[0]]
-    rows = ~keep[spec.made_by(slots)]
-    cols = ~keep[spec.read_by(slots)]
-    if isinstance(layer, _CONVS) and block.form == "diagonal":
-        _cut(tp.prune_depthwise_conv_out_channels, layer, rows)
-    elif isinstance(layer, _CONVS):
-        _cut(tp.prune_conv_out_channels, layer, rows)
-        _cut(tp.prune_conv_in_channels, layer, cols)
-    elif isinstance(layer, nn.Linear):
-        _cut(tp.prune_linear_out_channels, layer, rows)
-        _cut(tp.prune_linear_in_channels, layer, _features(slots[0], cols))
-    elif bool(rows.any()) or bool(cols.any()):
-        raise PruningError(f"no surgery for {type(layer).__name__}", where=param)
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Shape of every tensor of a network; with these `resize` gives a freshly built one the same sizes."""
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _features(slot: EdgeSlot, cols: Tensor) -> Tensor:
-    """The input features of a linear layer that belong to some channels: all their positions."""
-    _, out, into, taps = slot.canonical_shape
-    return slot.restore(cols.view(1, 1, into, 1).expand(1, out, into, taps), (out, into * taps))[0]
-
-
-def _cut(prune: Callable[..., Any], layer: nn.Module, drop: Tensor) -> None:
-    if bool(drop.any()):
-        prune(layer, drop.nonzero().flatten().tolist())
-
-
-def _prove(model: nn.Module, example_inputs: Any) -> None:
-    args, kwargs = split_inputs(example_inputs)
-    with evaluation(model), torch.no_grad():
-        try:
-            model(*args, **kwargs)
-        except RuntimeError as error:
-            message = str(error).strip().split("\n")[0]
-            hint = "a size written in its code, such as view(-1, 1024)? flatten(1) follows the channels"
-            raise PruningError("the pruned network does not run", got=message, hint=hint) from error
-
-
-def shapes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Sizes of every layer that surgery can change, by qualified name; with these `resize` rebuilds the network."""
-    return {
-        name: {field: getattr(module, field) for field in fields}
-        for name, module in model.named_modules()
-        for kind, fields in SHAPE_FIELDS.items()
-        if isinstance(module, kind)
-    }
-
-
-def resize(model: nn.Module, sizes: dict[str, dict[str, int]]) -> nn.Module:
-    """Give the layers of a freshly built network the sizes of a pruned one, in place; the values are left undefined.
+def resize(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Give the tensors of a freshly built network the shapes of a pruned one, in place; their values mean nothing.
 
     Raises:
-        PruningError: if a layer is missing or is of a kind that surgery does not change.
+        PruningError: if a tensor is missing, or would have other axes or more numbers than the network's own.
     """
-    modules = dict(model.named_modules())
-    for name, fields in sizes.items():
-        module = modules.get(name)
-        allowed = next((f for kind, f in SHAPE_FIELDS.items() if isinstance(module, kind)), None)
-        if module is None or allowed is None or set(fields) != set(allowed):
-            raise PruningError("the saved sizes are for another network", where=name, got=str(fields))
-        for field, size in fields.items():
-            setattr(module, field, size)
-        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            shape = _resized(module, key, tensor)
-            if shape != tuple(tensor.shape):
-                empty = tensor.detach().new_zeros(shape)
-                setattr(
-                    module,
-                    key,
-                    nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty,
-                )
+    own = model.state_dict(keep_vars=True)
+    for name, shape in sizes.items():
+        full = list(own[name].shape) if name in own else None
+        if full is None or len(full) != len(shape) or not all(0 < n <= m for n, m in zip(shape, full, strict=True)):
+            got = f"{list(shape)} for {full}"
+            raise PruningError("the saved sizes are for another network", where=name, got=got)
+    changed = {name: tuple(shape) for name, shape in sizes.items() if tuple(shape) != tuple(own[name].shape)}
+    _replace(model, {name: own[name].detach().new_zeros(shape) for name, shape in changed.items()})
     return model
-
-
-def _resized(module: nn.Module, key: str, tensor: Tensor) -> tuple[int, ...]:
-    if isinstance(module, _CONVS):
-        weight = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-        return weight if key == "weight" else (module.out_channels,)
-    if isinstance(module, nn.Linear):
-        return (module.out_features, module.in_features) if key == "weight" else (module.out_features,)
-    assert isinstance(module, _NORMS)
-    return (module.num_features,) if tensor.dim() else ()

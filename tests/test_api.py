@@ -99,12 +99,15 @@ def test_a_layer_without_a_rule_can_be_refused() -> None:
 
 
 class Shifted(nn.Module):
-    """A constant per channel, which no surgery knows of."""
+    """A constant per channel: a buffer is cut with its channels, a bare tensor is out of reach."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, registered: bool) -> None:
         super().__init__()
         self.body = network()
-        self.register_buffer("shift", torch.ones(1, 8, 1, 1))
+        self.shift = torch.ones(1, 8, 1, 1)
+        if registered:
+            del self.shift
+            self.register_buffer("shift", torch.arange(8.0).view(1, 8, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body[0](x) + self.shift
@@ -112,8 +115,15 @@ class Shifted(nn.Module):
 
 
 def test_channels_that_meet_a_constant_stay_whole() -> None:
-    pruned = gmn.prune(Shifted(), IMAGES, speed_up=1.5).model
+    pruned = gmn.prune(Shifted(registered=False), IMAGES, speed_up=1.5).model
     assert pruned.body[0].out_channels == 8  # type: ignore[union-attr, index]
+
+
+def test_a_buffer_with_a_number_per_channel_is_cut_with_the_channels() -> None:
+    pruned = gmn.prune(Shifted(registered=True), IMAGES, speed_up=1.5).model
+    width = pruned.body[0].out_channels  # type: ignore[union-attr, index]
+    assert pruned.shift.shape == (1, width, 1, 1)  # type: ignore[union-attr]
+    assert width < 8
     assert pruned.body[2].out_channels < 8  # type: ignore[union-attr, index, operator]
 
 

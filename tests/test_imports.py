@@ -18,7 +18,18 @@ LAYERS = (
     {"errors", "address", "graph", "groups", "settings", "names", "spec_check"}
     | {"views", "drawing", "placement", "strokes"},
     {
-        *("records", "trace", "trace_export", "flow", "builder", "assemble", "rules", "reader", "convert", "converters"),
+        *(
+            "records",
+            "trace",
+            "trace_export",
+            "flow",
+            "builder",
+            "assemble",
+            "rules",
+            "reader",
+            "convert",
+            "converters",
+        ),
         *("layers", "layers_pyg", "metanetwork"),
     },
     {"criteria", "surgery", "ranking", "costs"},

@@ -224,15 +224,12 @@ def test_a_file_may_not_fetch_weights() -> None:
         ({}, "source.network"),
         ({"network": "cifar.resnet8", "num_classes": 0}, "source.num_classes"),
         ({"network": "cifar.resnet8", "num_classes": 2, "more": 1}, "source.more"),
-        ({"network": "cifar.resnet8", "num_classes": 2, "sizes": {"conv1": [1]}}, "source.sizes.conv1"),
+        ({"network": "cifar.resnet8", "num_classes": 2, "sizes": {"conv1.weight": 1}}, "source.sizes.conv1.weight"),
         ({"network": "cifar.resnet9", "num_classes": 2}, "cannot be built"),
         ({"network": "cifar.resnet8", "num_classes": 2, "options": {"width": "x"}}, "cannot be built"),
-        ({"network": "cifar.resnet8", "num_classes": 2, "sizes": {"nowhere": {"in_features": 1}}}, "cannot be built"),
+        ({"network": "cifar.resnet8", "num_classes": 2, "sizes": {"nowhere.weight": [1]}}, "cannot be built"),
         (
-            {
-                "network": "cifar.resnet8", "num_classes": 2,
-                "sizes": {"conv1": {"in_channels": 3, "out_channels": -1, "groups": 0}},
-            },
+            {"network": "cifar.resnet8", "num_classes": 2, "sizes": {"conv1.weight": [-1, 3, 3, 3]}},
             "cannot be built",
         ),
     ],

@@ -234,9 +234,10 @@ def test_sizes_rebuild_a_pruned_network(name: str) -> None:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"absent": {"in_features": 4, "out_features": 2}},
-        {"1": {"num_features": 8}},
-        {"0": {"in_channels": 4, "out_channels": 8, "groups": 1}},
+        {"absent.weight": [4, 2]},
+        {"0.weight": [8]},
+        {"0.weight": [8, 0]},
+        {"0.weight": [800, 4]},
     ],
 )
 def test_sizes_of_another_network_are_refused(sizes: Any) -> None:
