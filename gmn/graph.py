@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Contiguous nodes that one module makes: `kind` is input, conv, linear, norm, merge or opaque."""
+    """Contiguous nodes that one module makes: `kind` is input, conv, linear, attention, norm, ...; names may repeat."""
 
     name: str
     start: int

@@ -92,7 +92,7 @@ def _torchvision() -> list[Entry]:
     # by default these two warn about their initialisation, and take long for it; their auxiliary heads, which
     # pretrained ones come without, do not run in eval mode, so no tool that runs a network can see them
     bare = {"init_weights": False, "aux_logits": False}
-    quick: dict[str, dict[str, Any]] = {name: bare for name in ("googlenet", "inception_v3")}
+    quick: dict[str, dict[str, Any]] = dict.fromkeys(("googlenet", "inception_v3"), bare)
     names = models.list_models(module=models)  # detection, segmentation and the rest are other modules
     return [Entry(name, f"torchvision.{name}", options=quick.get(name, {})) for name in names]
 
