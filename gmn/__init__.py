@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gmn.errors import GmnError
     from gmn.flow import Flow
     from gmn.graph import GraphSpec, NetworkGraph
+    from gmn.graph_file import load_graph, save_graph
     from gmn.groups import KeepMask, couplings
     from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
     from gmn.networks import build_network, load_weights
@@ -58,12 +59,14 @@ __all__ = [
     "latency",
     "load",
     "load_data",
+    "load_graph",
     "load_model",
     "load_weights",
     "prune",
     "recalibrate",
     "register_converter",
     "register_function",
+    "save_graph",
     "save_model",
     "to_graph",
     "to_model",
@@ -97,12 +100,14 @@ _HOMES = {
     "latency": "gmn.costs",
     "load": "gmn.api",
     "load_data": "gmn.data",
+    "load_graph": "gmn.graph_file",
     "load_model": "gmn.checkpoint",
     "load_weights": "gmn.networks",
     "prune": "gmn.api",
     "recalibrate": "gmn.training",
     "register_converter": "gmn.rules",
     "register_function": "gmn.rules",
+    "save_graph": "gmn.graph_file",
     "save_model": "gmn.checkpoint",
     "to_graph": "gmn.convert",
     "to_model": "gmn.convert",

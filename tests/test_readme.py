@@ -1,20 +1,42 @@
-"""The README's Python example runs as it stands."""
+"""The Python examples of the README and of docs/converting.md run as they stand."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+import gmn.rules
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_example(page: str) -> dict[str, Any]:
+    """The names that the first Python block of a page leaves behind."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    return names
+
+
+def test_a_rule_of_ones_own(capsys) -> None:
+    names = run_example("docs/converting.md")
+    del gmn.rules._MODULES[names["LowRank"]]
+    graph, model, same = names["graph"], names["model"], names["same"]
+    assert "in the graph: 99 of 99 parameters (100.0%)" in capsys.readouterr().out
+    assert [block.shape for block in graph.spec.blocks] == [(1, 6, 8, 1), (1, 2, 6, 1), (1, 5, 2, 1), (1, 3, 5, 1)]
+    assert torch.equal(graph.edge_features[2][0, :, :, 0], model[1].up.T)
+    x = torch.randn(4, 8)
+    assert torch.equal(same(x), model(x))
+    edited = graph.replace(graph.node_features, tuple(e + 1 for e in graph.edge_features))
+    assert torch.equal(gmn.to_model(edited)[1].down, model[1].down + 1)  # type: ignore[index]
 
 
 def test_the_example_runs(capsys) -> None:
-    code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert code is not None
-    names: dict[str, object] = {}
-    exec(code[1], names)
+    names = run_example("README.md")
     printed = capsys.readouterr().out
     assert "nodes in" in printed
     assert names["pruned"].report["speed_up"] >= 2.0  # type: ignore[attr-defined]
