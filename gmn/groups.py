@@ -16,6 +16,8 @@ from torch import Tensor
 from gmn.errors import PruningError
 from gmn.graph import EdgeBlock, GraphSpec, block_edges, group_of
 
+MADE_ALIKE = ("input", "opaque", "position")  # kinds of nodes that no weight makes, and that come as a whole
+
 
 @dataclass(frozen=True)
 class Couplings:
@@ -89,8 +91,10 @@ def couplings(spec: GraphSpec) -> Couplings:
         0, channel, torch.arange(spec.num_nodes), "amin"
     )
     group = _groups(spec, channel, len(first_node))
-    owner = [group_of(spec, int(first_node[(group == g).nonzero()[0, 0]])) for g in range(int(group.max()) + 1)]
-    names = tuple(node_group.name for node_group in owner)
+    first_of_group = torch.full((int(group.max()) + 1,), spec.num_nodes).scatter_reduce_(0, group, first_node, "amin")
+    starts = torch.tensor([node_group.start for node_group in spec.groups])
+    owner = torch.searchsorted(starts, first_of_group, right=True) - 1
+    names = tuple(spec.groups[index].name for index in owner.tolist())
     return Couplings(channel, group, names, _frozen(spec, channel, group))
 
 
@@ -141,7 +145,7 @@ def _groups(spec: GraphSpec, channel: Tensor, channels: int) -> Tensor:
     """[channels]: channels that are made by the same weight layers belong to one group."""
     weights = parametric(spec)
     made = {block.dst for index, block in enumerate(spec.blocks) if index in weights and block.form != "diagonal"}
-    made |= {(group.start, group.size) for group in spec.groups if group.kind in ("input", "opaque")}
+    made |= {(group.start, group.size) for group in spec.groups if group.kind in MADE_ALIKE}
     pairs = [torch.stack([channel[start].expand(size), channel[start : start + size]]) for start, size in sorted(made)]
     return _components(channels, torch.cat(pairs, dim=1)).unique(return_inverse=True)[1]
 
