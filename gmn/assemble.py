@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gmn.address import EdgeSlot, NodeSlot, Range, as_runs
 from gmn.builder import IDENTITY_KERNEL, ROLES, Attention, Builder, Edges, Group
 from gmn.graph import EdgeBlock, GraphSpec, NetworkGraph, NodeGroup
+from gmn.heads import head_owner
 
 MERGED_HEADS = {f"{role}.bias" for role in ROLES}
 
@@ -68,7 +69,9 @@ class _Assembly:
         for role, part in enumerate(parts):
             self.parent[part] = parts[2]
             self.role[part] = role
-        self.builder.freeze(attention.value, f"no surgery for the heads of {attention.name}")
+        layer = self.builder.group_of(attention.value).name
+        if layer == attention.name or head_owner(self.builder.model, layer, attention.heads) is None:
+            self.builder.freeze(attention.value, f"no surgery for the heads of {attention.name}")
         return True
 
     def _projected(self, nodes: Tensor) -> bool:

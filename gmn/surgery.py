@@ -19,8 +19,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gmn.address import positions
 from gmn.errors import PruningError
-from gmn.graph import GraphSpec
+from gmn.graph import GraphSpec, group_of
 from gmn.groups import Couplings, KeepMask, couplings
+from gmn.heads import head_owner, set_heads
 from gmn.trace import evaluation, split_inputs
 
 
@@ -49,8 +50,17 @@ def remove(
     tensors = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
     kept = {name: _kept(spec, name, tensors[name], mask.keep) for name in _held(spec)}
     _replace(smaller, {name: _cut(tensors[name], keep) for name, keep in kept.items() if not bool(keep.all())})
+    _shrink_heads(smaller, spec, mask.keep)
     _prove(smaller, example_inputs)
     return smaller
+
+
+def _shrink_heads(model: nn.Module, spec: GraphSpec, keep: Tensor) -> None:
+    for (start, channels), heads in spec.heads:
+        owner = head_owner(model, group_of(spec, start).name, heads)
+        left = int(keep[start : start + channels].sum()) * heads // channels
+        if owner is not None and left < heads:
+            set_heads(owner, heads, left, channels // heads)
 
 
 def _held(spec: GraphSpec) -> list[str]:

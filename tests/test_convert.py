@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from zoo import NETWORKS, FlatVGG, Residual, depthwise, network, pruned, randomise, small
 
@@ -24,8 +26,10 @@ from gmn.errors import ConversionError
 from gmn.flow import Flow
 from gmn.graph import NetworkGraph
 from gmn.groups import couplings
-from gmn.rules import Call, Converter, register_converter
+from gmn.reader import read
+from gmn.rules import Call, Converter, register_converter, rule_for
 from gmn.surgery import shapes
+from gmn.trace import trace
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -452,3 +456,17 @@ def test_a_rule_that_returns_another_shape_is_refused(transposed_rule: None) -> 
     gmn.rules._MODULES[Transposed] = Wrong()
     with pytest.raises(ConversionError, match=r"wrong shape: expected \(1, 2\); got \(1, 3\); in 0"):
         to_graph(nn.Sequential(Transposed(3, 2)), torch.randn(1, 3))
+
+
+# Size and time
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("resnet50", 1.0), ("vit_b_16", 3.0)])
+def test_conversion_is_quick_and_small(name: str, seconds: float) -> None:
+    model, x = torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
+    record = trace(model, x, lambda module: rule_for(module) is not None)
+    start = time.perf_counter()
+    graph = read(model, record, layouts()["generic"], "keep")
+    assert time.perf_counter() - start < seconds
+    numbers = graph.node_features.numel() + sum(features.numel() for features in graph.edge_features)
+    assert numbers <= 1.5 * sum(parameter.numel() for parameter in model.parameters())

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from zoo import FlatVGG, Residual, graph_of, network, pruned, randomise, small
@@ -212,6 +213,44 @@ def test_nothing_to_prune() -> None:
     model, x = nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4)
     with pytest.raises(PruningError, match=r"nothing can be pruned: all channels must stay: network input; .*output"):
         prune_to(model, to_graph(model, x), x, Prune(speed_up=1.5))
+
+
+# Attention
+
+
+def test_whole_heads_are_removed_and_the_module_is_told() -> None:
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
+    model, x = timm.create_model("vit_tiny_patch16_224", **size).eval(), torch.randn(2, 3, 32, 32)
+    spec = to_graph(model, x).spec
+    coupled = couplings(spec)
+    keep = torch.ones(coupled.num_channels, dtype=torch.bool)
+    ((first, _), _), ((second, _), _) = spec.heads
+    keep[coupled.channel[[first, first + 6, second + 18]]] = False  # two heads of the first block, one of the second
+    mask = KeepMask(coupled.nodes(keep))
+    smaller = remove(model, spec, mask, x)
+    assert [block.attn.num_heads for block in smaller.blocks] == [2, 3]
+    assert [tuple(block.attn.qkv.weight.shape) for block in smaller.blocks] == [(36, 24), (54, 24)]
+    with torch.no_grad():
+        wanted = silenced(model, spec, mask)(x)
+        assert torch.allclose(smaller(x), wanted, atol=1e-6)
+        assert not torch.allclose(wanted, model(x), atol=1e-3)
+    assert to_graph(smaller, x).spec.num_nodes == int(mask.keep.sum())
+
+
+def test_a_position_embedding_follows_the_channels() -> None:
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 4, "num_classes": 5}
+    model, x = timm.create_model("vit_tiny_patch16_224", **size).eval(), torch.randn(2, 3, 32, 32)
+    spec = to_graph(model, x).spec
+    coupled = couplings(spec)
+    start = next(group.start for group in spec.groups if group.name == "patch_embed.proj")
+    keep = torch.ones(coupled.num_channels, dtype=torch.bool)
+    keep[coupled.channel[[start + 1, start + 23]]] = False
+    smaller = remove(model, spec, KeepMask(coupled.nodes(keep)), x)
+    left = [*range(1), *range(2, 23)]
+    assert torch.equal(smaller.pos_embed, model.pos_embed[..., left])
+    assert torch.equal(smaller.cls_token, model.cls_token[..., left])
+    assert torch.equal(smaller.blocks[0].norm1.weight, model.blocks[0].norm1.weight[left])
+    assert smaller.blocks[0].norm1.normalized_shape == (22,)
 
 
 # Rebuilding
