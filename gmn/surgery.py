@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from gmn.address import positions
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec, group_of
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.heads import head_owner, set_heads
+from gmn.masks import entries, held
 from gmn.trace import evaluation, split_inputs
 
 
@@ -48,7 +48,7 @@ def remove(
     mask.validate(spec, coupled or couplings(spec))
     smaller = copy.deepcopy(model)
     tensors = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
-    kept = {name: _kept(spec, name, tensors[name], mask.keep) for name in _held(spec)}
+    kept = {name: entries(spec, name, tensors[name].shape, mask.keep) for name in held(spec)}
     _replace(smaller, {name: _cut(tensors[name], keep) for name, keep in kept.items() if not bool(keep.all())})
     _shrink_heads(smaller, spec, mask.keep)
     _prove(smaller, example_inputs)
@@ -61,30 +61,6 @@ def _shrink_heads(model: nn.Module, spec: GraphSpec, keep: Tensor) -> None:
         left = int(keep[start : start + channels].sum()) * heads // channels
         if owner is not None and left < heads:
             set_heads(owner, heads, left, channels // heads)
-
-
-def _held(spec: GraphSpec) -> list[str]:
-    """Every tensor of which a number belongs to a node."""
-    names = [*spec.weights(), *(slot.param for slot in spec.node_slots), *(name for name, _, _ in spec.followers)]
-    return list(dict.fromkeys(names))
-
-
-def _kept(spec: GraphSpec, name: str, tensor: Tensor, keep: Tensor) -> Tensor:
-    """Bool of the tensor's shape: the numbers whose nodes all stay."""
-    slots = spec.weights().get(name)
-    if slots:
-        pieces, out, into, taps = slots[0].canonical_shape
-        rows = keep[spec.made_by(slots)].view(pieces, out, 1, 1)
-        cols = keep[spec.read_by(slots)].view(pieces, 1, into, 1)
-        return slots[0].restore((rows & cols).expand(pieces, out, into, taps), tensor.shape)
-    stays = torch.ones(tensor.shape, dtype=torch.bool)
-    for slot in spec.node_slots:
-        if slot.param == name:
-            slot.write(stays.view(-1), keep[slot.nodes[0] : sum(slot.nodes)])
-    for follower, axis, nodes in spec.followers:
-        if follower == name:
-            stays &= keep[positions(nodes)].view([-1 if d == axis else 1 for d in range(tensor.dim())])
-    return stays
 
 
 def _cut(tensor: Tensor, keep: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""The vote of the nearest tasks: which units to keep, and what they start from (MVP, section 3.2, eq. 1).
+
+    p(k) = exp(c_k / tau) / sum_j exp(c_j / tau)      c_k: number of neighbours that keep unit k of a layer
+
+Units are drawn without replacement from p until the layer has its number. Every kept unit starts from the mean of its
+parameters over the neighbours that keep it. A unit here is a coupled channel: units that must go together vote as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gmn.errors import PruningError
+from gmn.graph import GraphSpec
+from gmn.groups import Couplings, KeepMask
+from gmn.masks import entries, held
+
+TEMPERATURE = 0.025
+
+
+def counts(keeps: Tensor, coupled: Couplings) -> Tensor:
+    """[channels]: how many neighbours keep each coupled channel.
+
+    Args:
+        keeps: [T, N] bool, the nodes that each of T neighbours keeps.
+        coupled: The couplings of the network.
+
+    Raises:
+        PruningError: if there is no neighbour, or the masks are of another network.
+    """
+    if keeps.dim() != 2 or keeps.shape[1] != len(coupled.channel) or not len(keeps):
+        expected = f"bool [neighbours, {len(coupled.channel)}]"
+        raise PruningError("the masks do not vote on this network", expected=expected, got=str(tuple(keeps.shape)))
+    first = torch.full((coupled.num_channels,), keeps.shape[1]).scatter_reduce_(
+        0, coupled.channel, torch.arange(keeps.shape[1]), "amin"
+    )
+    return keeps[:, first].sum(dim=0)
+
+
+def draw(votes: Tensor, coupled: Couplings, ratio: float, generator: torch.Generator, tau: float) -> Tensor:
+    """[channels] bool: (1 - ratio) of each layer's channels, drawn without replacement with p = softmax(votes / tau).
+
+    The largest of log p + Gumbel noise are such a draw (Gumbel top-k), all layers in one pass. Frozen layers stay.
+    """
+    if not 0 <= ratio < 1 or tau <= 0:
+        raise PruningError("malformed vote", expected="0 <= ratio < 1 and tau > 0", got=f"{ratio:g}, {tau:g}")
+    uniform = torch.rand(len(votes), generator=generator, dtype=torch.float64)
+    noisy = votes / tau - torch.log(-torch.log(uniform.clamp(min=1e-300)))
+    order = noisy.argsort(descending=True)
+    order = order[coupled.group[order].argsort(stable=True)]  # layer by layer, the strongest first
+    sizes = torch.bincount(coupled.group)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[coupled.group[order]]
+    wanted = ((1 - ratio) * sizes).round().long().clamp(min=1)
+    return (rank < wanted[coupled.group]) | ~coupled.prunable
+
+
+def vote(
+    keeps: Tensor,
+    coupled: Couplings,
+    *,
+    ratio: float,
+    generator: torch.Generator,
+    tau: float = TEMPERATURE,
+) -> KeepMask:
+    """The units that the neighbours vote for.
+
+    Args:
+        keeps: [T, N] bool, the nodes that each neighbour keeps.
+        coupled: The couplings of the network.
+        ratio: Share of each layer's units that goes.
+        generator: Of the draw.
+        tau: Temperature; small: the majority decides, large: anything goes.
+
+    Raises:
+        PruningError: if there is no neighbour, the masks are of another network, or a number is out of range.
+    """
+    return KeepMask(coupled.nodes(draw(counts(keeps, coupled), coupled, ratio, generator, tau)))
+
+
+def average(
+    spec: GraphSpec,
+    origin: Mapping[str, Tensor],
+    neighbours: Sequence[Mapping[str, Tensor]],
+    keeps: Tensor,
+) -> dict[str, Tensor]:
+    """The mean of every number over the neighbours that keep its units, in the full network's shapes.
+
+    Args:
+        spec: Structure of the full network.
+        origin: The full network's parameters and buffers: what no neighbour keeps stays as it is there.
+        neighbours: Parameters and buffers of each neighbour's pruned network.
+        keeps: [T, N] bool, the nodes that each neighbour keeps.
+
+    Raises:
+        PruningError: if a neighbour's tensor is not the part of the full one that its mask says.
+    """
+    state = {name: tensor.clone() for name, tensor in origin.items()}
+    for name in held(spec):
+        full = origin[name]
+        total, times = torch.zeros_like(full), torch.zeros(full.shape, dtype=torch.int64)
+        for own, keep in zip(neighbours, keeps, strict=True):
+            mask = entries(spec, name, full.shape, keep)
+            if int(mask.sum()) != own[name].numel():
+                got = f"{list(own[name].shape)} of {list(full.shape)}"
+                raise PruningError(
+                    "a neighbour does not fit its mask", expected=f"{int(mask.sum())} numbers", got=got, where=name
+                )
+            total[mask] += own[name].flatten()
+            times += mask
+        state[name] = torch.where(times > 0, total / times.clamp(min=1), full).to(full.dtype)
+    return state
