@@ -75,6 +75,8 @@ def convolve(
     flow, kernel = call.flows[0], tuple(weight.shape[2:])
     axis, taps = flow.ids.dim() - 1 - len(kernel), torch.Size(kernel).numel()
     source, mixes = call.builder.read(flow, axis, name)
+    if mixes and taps > 1:
+        call.builder.freeze(flow.nodes, f"convolved in their order by {call.name}")
     first, second = weight.shape[0] // groups, weight.shape[1]
     out = groups * second if transposed else weight.shape[0]
     nodes = call.nodes(name, out, "conv", source)

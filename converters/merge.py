@@ -11,6 +11,8 @@ from gmn.builder import Builder
 from gmn.flow import Flow
 from gmn.rules import Call, Converter, Parameters, register_converter, register_function
 
+from .pointwise import reduce
+
 
 @register_function("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__")
 def add(call: Call) -> Flow | None:
@@ -24,6 +26,8 @@ def add(call: Call) -> Flow | None:
 )
 def gate(call: Call) -> Flow | None:
     """Channel times channel, such as a squeeze-and-excitation gate: they go together, as in a residual."""
+    if call.op in ("max", "min") and len(call.flows) == 1:
+        return reduce(call)  # along an axis, not of two activations
     return _combine(call, "scale")
 
 
@@ -52,19 +56,19 @@ class PReLUConverter(Converter):
 
 
 def _combine(call: Call, column: str) -> Flow | None:
-    if any(torch.broadcast_shapes(flow.ids.shape, call.shape) != call.shape for flow in call.flows):
-        return None  # a maximum along an axis, not of two activations
+    if not all(_broadcasts(tuple(flow.ids.shape), call.shape) for flow in call.flows):
+        return None
     flows = [flow.closed(call.uses, flow.ids.expand(call.shape)) for flow in call.flows]
     if len(flows) == 1:
         others = call.parameters
         return (_per_channel(call, flows[0], {column: others[0]}) if others else None) or _constant(call, flows[0])
     if len(flows) != 2:
         return None
+    call.freeze_beside_constants()
     first, second = flows
     if torch.equal(first.ids, second.ids):  # x + x, or x times its own sigmoid
         return first if first.scores else second
     if not len(first.nodes) or not len(second.nodes):  # an attention map, a position bias
-        call.freeze_beside_constants()
         return _weaker(call, first, second)
     axis = _common_axis(first, second)
     if axis is None:
@@ -80,6 +84,10 @@ def _weaker(call: Call, first: Flow, second: Flow) -> Flow:
         return full
     call.builder.freeze(full.nodes, f"added to attention scores in {call.name}")
     return empty
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
 
 
 def _constant(call: Call, flow: Flow) -> Flow:

@@ -74,17 +74,25 @@ def _keeps_channels(before: Flow, after: Flow) -> bool:
         return True  # regrouped earlier, and noted there; or nothing to lose
     channels = before.channels(axis).unique_consecutive()
     found = [after.aligned(a) for a in range(after.ids.dim())]
-    return any(c is not None and torch.equal(channels, c.unique_consecutive()) for c in found)
+    return any(c is not None and _repeats(c.unique_consecutive(), channels) for c in found)
 
 
-@register_function("cat", "concat", "concatenate", "stack", "hstack", "vstack")
+def _repeats(channels: Tensor, pattern: Tensor) -> bool:
+    """Whether a list is a pattern, or the pattern several times over (positions before channels)."""
+    times, rest = divmod(len(channels), len(pattern))
+    return not rest and times > 0 and bool((channels.view(times, -1) == pattern).all())
+
+
+@register_function("cat", "concat", "concatenate", "stack")
 def cat(call: Call) -> Any:
     """Concatenation keeps the nodes of its parts; a part made of parameters carries none, such as a class token."""
-    if call.parameters:
-        dim = call.argument(1, "dim", 0)
-        if call.flows[0].channel_axis(-1) != dim % len(call.shape):
-            call.freeze_beside_constants()
-    return _replay(call)
+    parts, dim = call.argument(0, "tensors"), call.argument(1, "dim", 0)
+    if call.op != "stack" and call.flows[0].channel_axis(-1) != dim % len(call.shape):
+        call.freeze_beside_constants()
+    assert call.func is not None
+    ids = [nothing(tuple(part.shape)) if isinstance(part, Tensor) else _ids(part) for part in parts]
+    joined = torch.stack(ids, dim) if call.op == "stack" else torch.cat(ids, dim)
+    return call.flows[0].closed(call.uses, joined)
 
 
 @register_function("__setitem__", "copy_", "masked_fill", "masked_fill_", "fill_", "zero_", "triu", "tril")
@@ -97,6 +105,9 @@ def write(call: Call) -> Flow | None:
     ids = _ids(first) if isinstance(first, (Flow, Parameters)) else nothing(tuple(first.shape))
     ids = ids.clone(memory_format=torch.contiguous_format)
     value = call.args[-1] if name == "__setitem__" else call.args[1]
+    if name == "__setitem__" and any(isinstance(leaf, Flow) for leaf in tree_flatten(call.args[1])[0]):
+        masked = isinstance(first, Flow) and not isinstance(value, Flow)
+        return first.closed(call.uses) if masked and isinstance(first, Flow) else None  # where a mask says
     part = _ids(value) if isinstance(value, (Flow, Parameters)) else NO_NODE
     ids[call.args[1] if name == "__setitem__" else ...] = part
     call.freeze_beside_constants()

@@ -61,6 +61,8 @@ class LayerNormConverter(Converter):
         assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
         if len(norm.normalized_shape) != 1:
             return None
+        if norm.weight is None:
+            call.freeze(f"{call.name} has their number written in it")
         values = {"weight": norm.weight, "bias": getattr(norm, "bias", None)}
         return normalise(call, norm.normalized_shape[0], values, -1, 1)
 
@@ -69,7 +71,9 @@ class LayerNormConverter(Converter):
 def functional(call: Call) -> Flow | None:
     """The same for a norm that is called as a function, on parameters of the model."""
     name = call.op
-    given = dict(zip(_SIGNATURES[name], call.args[1:], strict=False)) | call.kwargs
+    schema = getattr(call.func, "_schema", None)  # an exported call has its arguments in another order
+    names = tuple(argument.name for argument in schema.arguments[1:]) if schema else _SIGNATURES[name]
+    given = dict(zip(names, call.args[1:], strict=False)) | call.kwargs
     values: Values = {}
     for key in ("weight", "bias", *_STATISTICS):
         value = given.get(key)

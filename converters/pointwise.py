@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from gmn.flow import NO_NODE, Flow, nothing
 from gmn.rules import Call, register_function, words
@@ -11,14 +12,14 @@ _ACTIVATIONS = words("""
     relu relu_ relu6 relu6_ hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ selu celu gelu silu silu_ mish
     hardswish hardswish_ hardsigmoid hardsigmoid_ sigmoid sigmoid_ tanh tanh_ softplus softsign logsigmoid threshold
     abs exp sqrt pow __pow__ __rpow__ clamp clamp_ clip neg __neg__ square rsqrt log sin cos sign erf reciprocal
-    softmax log_softmax normalize to type half bfloat16 double float type_as nan_to_num cumsum __eq__ __ne__ __lt__
+    softmax log_softmax normalize to type half bfloat16 double float type_as nan_to_num __eq__ __ne__ __lt__
     __gt__ __le__ __ge__ __invert__ logical_not bool
 """)
 _POOLS = words("""
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d interpolate grid_sample
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices upsample
-    upsample_nearest upsample_bilinear local_response_norm
+    upsample_nearest upsample_bilinear
 """)
 
 
@@ -26,6 +27,7 @@ _POOLS = words("""
 def activation(call: Call) -> Flow | None:
     """A nonlinearity closes the layer: no later norm or residual can be merged into it."""
     flow = call.flows[0]
+    call.freeze_beside_constants()
     casts = call.op in ("to", "type_as")  # the second only lends its type
     single = len(call.flows) == 1 or casts
     return flow.closed(call.uses) if single and tuple(flow.ids.shape) == call.shape else None
@@ -42,11 +44,16 @@ def identity(call: Call) -> Flow | None:
 
 @register_function(*_POOLS)
 def pool(call: Call) -> Flow | None:
-    """Pooling and resizing keep the channels; along the axis after the batch, if there are several."""
-    axis = call.flows[0].channel_axis(1)
-    if axis is None or len(call.shape) != call.flows[0].ids.dim() or call.shape[axis] != call.flows[0].ids.shape[axis]:
+    """Pooling and resizing keep the channels, which lie before the axes that are pooled."""
+    flow = call.flows[0]
+    for other in call.flows[1:]:
+        call.builder.freeze(other.nodes, f"positions for {call.op} in {call.name}")
+    axis = flow.channel_axis(1)
+    digit = re.search(r"(\d)d", call.op)
+    pooled = int(digit[1]) if digit else flow.ids.dim() - 2
+    if axis is None or len(call.shape) != flow.ids.dim() or axis >= flow.ids.dim() - pooled:
         return None
-    return call.output(call.flows[0].channels(axis), axis)
+    return call.output(flow.channels(axis), axis)
 
 
 @register_function("mean", "sum", "amax", "amin", "nanmean", "var", "std", "norm", "logsumexp", "linalg_vector_norm")
@@ -61,6 +68,7 @@ def reduce(call: Call) -> Flow | None:
     ids = top.expand(call.shape) if len(call.shape) == top.dim() else flow.ids.amax(dims)
     if bool(((flow.ids == top) | (flow.ids == NO_NODE)).all()):
         return flow.closed(call.uses, ids)
+    call.builder.misread(flow)
     call.builder.freeze(flow.nodes, f"{name} over channels in {call.name}")
     slices = flow.ids.narrow(dims[0], 0, 1).amax(dims, keepdim=len(call.shape) == top.dim())
     return Flow(slices if len(slices.unique()) > 1 else nothing(call.shape), uses=call.uses)

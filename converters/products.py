@@ -64,7 +64,7 @@ def multiply(call: Call, left: Operand, right: Operand, out: str, shape: tuple[i
         return _weigh(call, scores[0], values, out, shape)
     heads = "".join(letter for letter in carried[0] if letter in carried[1] and letter in out)
     tails = ["".join(letter for letter in letters if letter not in heads) for letters in carried]
-    a, b = (_listed(*side, heads + tail) for side, tail in zip((left, right), tails, strict=True))
+    a, b = (_once(_listed(*side, heads + tail)) for side, tail in zip((left, right), tails, strict=True))
     if len(a) != len(b) or bool((torch.cat([a, b]) < 0).any()):
         for flow in (left[0], right[0]):
             call.builder.freeze(flow.nodes, f"multiplied with other channels in {call.name}")
@@ -72,8 +72,10 @@ def multiply(call: Call, left: Operand, right: Operand, out: str, shape: tuple[i
     if not tails[0]:  # channel times channel
         call.builder.tie(a, b)
         return Flow(_arrange(left, out, shape), uses=call.uses)
-    count = torch.Size([left[0].ids.shape[left[1].index(letter)] for letter in heads]).numel()
-    return Flow(nothing(shape), uses=call.uses, scores=Scores(a, b, count, tails[0] not in out))
+    if tails[0] not in out:
+        call.builder.tie(a, b)
+    width = torch.Size([left[0].ids.shape[left[1].index(letter)] for letter in tails[0]]).numel()
+    return Flow(nothing(shape), uses=call.uses, scores=Scores(a, b, len(a) // width, tails[0] not in out))
 
 
 def _carried(flow: Flow, letters: str) -> str:
@@ -95,6 +97,13 @@ def _listed(flow: Flow, letters: str, order: str) -> Tensor:
     return ids.permute(*kept, *(axis for axis in range(ids.dim()) if axis not in kept)).flatten()
 
 
+def _once(nodes: Tensor) -> Tensor:
+    """The nodes without the repetitions of a batch that shares an axis with the heads."""
+    size = len(nodes.unique())
+    table = nodes.view(-1, size) if len(nodes) % size == 0 else nodes[None]
+    return table[0] if bool((table == table[0]).all()) else nodes
+
+
 def _arrange(values: Operand, out: str, shape: tuple[int, ...]) -> Tensor:
     """The shadow of a result that keeps the channels of one operand."""
     flow, letters = values
@@ -110,7 +119,7 @@ def _weigh(call: Call, scores: Flow, values: Operand, out: str, shape: tuple[int
     gone = [letter for letter in carried if letter not in out]
     if scores.scores is not None and carried:
         tail = gone[0] if gone else carried[-1]
-        _attention(call, scores.scores, _listed(flow, letters, carried.replace(tail, "") + tail))
+        _attention(call, scores.scores, _once(_listed(flow, letters, carried.replace(tail, "") + tail)))
     if not gone:
         return Flow(_arrange(values, out, shape), uses=call.uses, scores=None if carried else flow.scores)
     size = flow.ids.shape[letters.index(gone[0])]

@@ -7,7 +7,9 @@ from several layers, or shuffled, lies in several blocks, each with its own addr
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +20,7 @@ from gmn.builder import IDENTITY_KERNEL, ROLES, Attention, Builder, Edges, Group
 from gmn.graph import EdgeBlock, GraphSpec, NetworkGraph, NodeGroup
 from gmn.heads import head_owner
 
+ALL = -1  # a weight is used whole, not from some row on
 MERGED_HEADS = {f"{role}.bias" for role in ROLES}
 
 
@@ -45,8 +48,10 @@ class _Assembly:
         self.blocks: list[EdgeBlock] = []
         self.slots: list[EdgeSlot] = []
         self.identities: dict[int, Tensor] = {}  # block -> values
-        self._parts: dict[tuple[Range, Range], int] = {}  # attention blocks by their ends
-        self._homes: set[str] = set()
+        self._parts: dict[tuple[Range, Range, int], int] = {}  # attention blocks by their ends and their call
+        self._homes: set[tuple[str, int]] = set()
+        self._calls: Counter[str] = Counter()
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # final nodes that go together
         kernels = [edges.kernel for edges in builder.edges]
         self.kernel = _largest(kernels) if kernels and self.layout.kernels == "padded" else None
 
@@ -100,8 +105,9 @@ class _Assembly:
             self._dense(edges, (0, 1), edges.src.long(), edges.dst.long(), edges.rows)
         else:
             self._pieces(edges)
-        if edges.param is not None and edges.rows is None:
-            self._homes.add(edges.param)
+        if edges.param is not None:
+            self._homes.add((edges.param, _first_row(edges)))
+            self._calls[edges.param] += 1
 
     def _dense(self, edges: Edges, pieces: Range, src: Tensor, dst: Tensor, rows: Tensor | None) -> None:
         rows = torch.arange(len(dst)) if rows is None else rows
@@ -117,8 +123,8 @@ class _Assembly:
         """The block that one part of a weight lies in, and at which positions of its kernel."""
         if role < 0:
             return self._block(edges, src, dst, 1)
-        key = (src, dst)
-        if key not in self._parts or edges.param in self._homes:
+        key = (src, dst, self._calls[str(edges.param)] if edges.rows is None else 0)
+        if key not in self._parts:
             self.blocks.append(EdgeBlock(edges.name, src, dst, 1, (len(ROLES),)))
             self._parts[key] = len(self.blocks) - 1
         return (role,), self._parts[key]
@@ -130,7 +136,7 @@ class _Assembly:
 
     def _slot(self, edges: Edges, block: int, pieces: Range, rows: Tensor, cols: Tensor, taps: tuple[int, ...]) -> None:
         assert edges.param is not None
-        home = edges.param not in self._homes
+        home = not {(edges.param, ALL), (edges.param, _first_row(edges))} & self._homes
         self.slots.append(
             EdgeSlot(edges.param, block, edges.shape, pieces, as_runs(rows), as_runs(cols), taps, edges.perm, home)
         )
@@ -147,6 +153,8 @@ class _Assembly:
         else:
             stretches = [(0, g)] if all(_contiguous(end.flatten()) for end in ends) else []
         for start, count in stretches:
+            if count == out == into == 1:  # has the form of a dense block, but couples its two sides
+                self.pairs.append((ends[0][start], ends[1][start]))
             source, target = ((int(end[start, 0]), count * end.shape[1]) for end in ends)
             taps, index = self._block(edges, source, target, count)
             self._slot(edges, index, (start, count), rows, cols, taps)
@@ -172,11 +180,13 @@ class _Assembly:
         taps, index = self._block(edges, src, dst, pieces)
         self.identities[index] = _pad(values, self.blocks[index].shape, taps)
 
-    @property
+    @functools.cached_property
     def sample(self) -> Tensor:
-        """A tensor of the network's type, on its device."""
+        """An empty tensor of the network's widest type, on its device."""
         tensors = [*self.builder.params.values(), *self.builder.buffers.values()]
-        return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+        floats = [t for t in tensors if t.is_floating_point()] or [torch.zeros(())]
+        kind = functools.reduce(torch.promote_types, {t.dtype for t in floats})
+        return floats[0].detach().new_empty(0, dtype=kind)
 
     # -- the parts of the graph ----------------------------------------------------------------------------------
 
@@ -184,6 +194,7 @@ class _Assembly:
         node_slots = tuple(slot for group in self.groups_with_slots() for slot in self._node_slots(group))
         homes = {s.param for s in self.slots} | {s.param for s in node_slots}
         builder = self.builder
+        heads = tuple(dict.fromkeys(self._heads()))  # before what is frozen and tied: it adds to both
         carried = {n: tuple(p.shape) for n, p in builder.params.items() if n not in homes}
         starts = itertools.accumulate(self.sizes, initial=0)
         return GraphSpec(
@@ -200,7 +211,7 @@ class _Assembly:
             carried=carried,
             buffers=tuple(name for name in builder.buffers if name not in homes),
             frozen=tuple(self._frozen()),
-            heads=tuple(dict.fromkeys((_span(self.final[a.value.long()]), a.heads) for a in self.heads)),
+            heads=heads,
             ties=tuple(self._ties()),
             followers=tuple((n, axis, as_runs(self.final[nodes.long()])) for n, axis, nodes in builder.followers),
         )
@@ -219,8 +230,10 @@ class _Assembly:
             for role in self.role[nodes].unique().tolist():
                 own = (self.role[nodes] == role).nonzero().flatten()
                 name = f"{ROLES[role]}.bias" if role >= 0 else column
+                home = self.builder.vectors[param] is group
                 for target, rows in _spans(self.final[nodes[own]]):
-                    yield NodeSlot(param, target, columns[name], param in self.builder.params, as_runs(own[rows]))
+                    trainable = param in self.builder.params
+                    yield NodeSlot(param, target, columns[name], trainable, as_runs(own[rows]), home)
 
     def _frozen(self) -> Iterator[tuple[Range, str]]:
         single = [(n, why) for n, why in self.builder.regrouped if not bool((self.role[n.long()] >= 0).all())]
@@ -231,9 +244,20 @@ class _Assembly:
                     seen.add((span, reason))
                     yield span, reason
 
+    def _heads(self) -> Iterator[tuple[Range, int]]:
+        """Heads of neighbouring nodes; where they lie apart, the nodes of each are tied."""
+        for attention in self.heads:
+            nodes = self.final[attention.value.long()]
+            if _contiguous(nodes):
+                yield (int(nodes[0]), len(nodes)), attention.heads
+                continue
+            table = nodes.view(attention.heads, -1)
+            self.pairs.append((table[:, :1].expand(table.shape).flatten(), nodes))
+            self.builder.freeze(attention.value, f"heads of {attention.name} that lie apart")
+
     def _ties(self) -> Iterator[tuple[Range, Range]]:
-        for first, second in self.builder.ties:
-            a, b = self.final[first.long()], self.final[second.long()]
+        tied = [(self.final[a.long()], self.final[b.long()]) for a, b in self.builder.ties]
+        for a, b in [*tied, *self.pairs]:
             for start, count in _stretches(a, b):
                 if int(a[start]) != int(b[start]):
                     yield (int(a[start]), count), (int(b[start]), count)
@@ -256,6 +280,10 @@ class _Assembly:
             start, size = slot.nodes
             features[start : start + size, slot.column] = slot.read(self.builder.tensor(slot.param).detach())
         return features
+
+
+def _first_row(edges: Edges) -> int:
+    return ALL if edges.rows is None else int(edges.rows[0])
 
 
 def _contiguous(nodes: Tensor) -> bool:

@@ -83,11 +83,11 @@ class Attention:
 
 
 class InputAxis(Exception):
-    """A layer reads an input along another axis than was assumed; `number` is the input."""
+    """A layer reads inputs along another axis than was assumed; `numbers` are the inputs."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"input {number}")
-        self.number = number
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__(f"inputs {numbers}")
+        self.numbers = numbers
 
 
 class Builder:
@@ -109,6 +109,7 @@ class Builder:
         self.regrouped: list[tuple[Tensor, str]] = []
         self.ties: list[tuple[Tensor, Tensor]] = []
         self.followers: list[tuple[str, int, Tensor]] = []
+        self.vectors: dict[str, Group] = {}  # the nodes that a per-channel parameter lies on first
         self.merged: list[tuple[Tensor, Tensor]] = []
         self.attention: list[Attention] = []
         self.open_inputs: dict[int, int] = {}  # first node -> input whose channel axis is still a guess
@@ -181,13 +182,24 @@ class Builder:
                 channels = channels.clone()
                 channels[missing] = self._stand_in(f"{name}.padding", int(missing.sum()), "a padded channel")
             return channels, False
-        if channels is None and len(flow.nodes) and int(flow.nodes[0]) in self.open_inputs:
-            raise InputAxis(self.open_inputs[int(flow.nodes[0])])
+        if channels is None:
+            self.misread(flow)
         size = flow.ids.shape[axis]
         mixes = bool((flow.ids == flow.ids.narrow(axis, 0, 1)).all()) and channels is None
         if not mixes:
             self.freeze(flow.nodes, f"regrouped before {name}")
         return self._stand_in(f"{name}.{'positions' if mixes else 'input'}", size, "not a channel"), mixes
+
+    def misread(self, flow: Flow) -> None:
+        """Raise InputAxis if these channels are those of inputs whose channel axis was only a guess."""
+        nodes, seen = flow.nodes, -1
+        while len(nodes) > seen:  # through sums and concatenations of inputs
+            seen = len(nodes)
+            sources = [e.src for e in self.edges if e.param is None and bool(torch.isin(e.dst, nodes).any())]
+            nodes = torch.cat([nodes, *sources]).unique()
+        numbers = [number for start, number in self.open_inputs.items() if bool((nodes == start).any())]
+        if numbers:
+            raise InputAxis(numbers)
 
     def _stand_in(self, name: str, size: int, reason: str) -> Tensor:
         nodes = self.ids(self.add_nodes(name, size, "position"))
@@ -236,6 +248,10 @@ class Builder:
         if not places.keys() <= set(self.layout.columns) or places.keys() & group.slots.keys():
             return False
         group.slots |= places
+        for param in places.values():
+            first = self.vectors.setdefault(param, group)
+            if first is not group:
+                self.tie(self.ids(first), self.ids(group))
         if own:
             for param in places.values():
                 self.freeze_uncuttable(param, self.ids(group))
@@ -315,6 +331,7 @@ class Builder:
             return False
         if not self.attach(main, {f"shortcut.{column}": param for column, param in branch.slots.items()}):
             return False
+        self.vectors |= dict.fromkeys(branch.slots.values(), main)
         branch.slots.clear()
         self.merged.append((self.ids(branch), self.ids(main)))
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from typing import Any
 
@@ -14,7 +13,7 @@ from gmn.errors import ConversionError
 from gmn.graph import NetworkGraph
 from gmn.reader import OnUnknown, read
 from gmn.rules import load_rules, rule_for
-from gmn.trace import trace
+from gmn.trace import clone, trace
 
 
 def layouts() -> dict[str, Layout]:
@@ -62,7 +61,7 @@ def to_model(graph: NetworkGraph) -> nn.Module:
     """
     if graph.template is None:
         raise ConversionError("the graph has no network to copy", hint="make it with gmn.to_graph")
-    model = copy.deepcopy(graph.template)
+    model = clone(graph.template)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in graph.to_state_dict().items():

@@ -121,12 +121,12 @@ def _members(spec: GraphSpec, coupled: Couplings) -> list[_Member]:
     members: list[_Member] = []
     makers: set[int] = set()
     for param, slots in spec.weights().items():
-        block = spec.blocks[slots[0].block]
         made = coupled.channel[spec.made_by(slots)]
         first = torch.tensor([int(c) not in makers for c in made])
         makers.update(made.tolist())
         members.append(_Member(param, 0, slots[0], made, first))
-        if block.form == "diagonal":
+        pieces, out, into, _ = slots[0].canonical_shape
+        if pieces > 1 and out == into == 1:
             continue  # a depthwise kernel belongs to one channel: counted once
         read = coupled.channel[spec.read_by(slots)]
         members.append(_Member(param, 1, slots[0], read, torch.zeros(len(read), dtype=torch.bool)))

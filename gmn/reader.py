@@ -16,7 +16,7 @@ from gmn.errors import ConversionError
 from gmn.flow import Flow, nothing, spread
 from gmn.graph import NetworkGraph
 from gmn.records import Op, Ref, Trace
-from gmn.rules import Call, Parameters, function_rule, known, rule_for
+from gmn.rules import Call, Converter, Parameters, function_rule, known, rule_for, rule_for_type
 
 OnUnknown = Literal["error", "keep"]
 RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "to", "type_as", "float"}
@@ -30,7 +30,8 @@ def read(model: nn.Module, record: Trace, layout: Layout, on_unknown: OnUnknown)
     the one after the batch first.
     """
     axes: dict[int, list[int]] = {
-        number: list(dict.fromkeys([min(1, len(shape) - 1), len(shape) - 1, *range(len(shape))]))
+        # if no axis fits, the first guess stays
+        number: [*dict.fromkeys([min(1, len(shape) - 1), len(shape) - 1, *range(len(shape))]), min(1, len(shape) - 1)]
         for number, shape in ((n, record.shapes[n]) for n in record.inputs)
         if shape
     }
@@ -38,7 +39,8 @@ def read(model: nn.Module, record: Trace, layout: Layout, on_unknown: OnUnknown)
         try:
             return _Reader(model, record, Builder(model, layout), on_unknown).read(axes)
         except InputAxis as problem:
-            axes[problem.number].pop(0)
+            for number in problem.numbers:
+                axes[number].pop(0)
 
 
 class _Reader:
@@ -95,8 +97,22 @@ class _Reader:
         elif rule is None:
             result = None
         else:
-            result = rule(call) if callable(rule) else rule.encode(call)
+            result = rule(call) if callable(rule) else self._encode(rule, op, call)
         self._bind(op, call, self._unknown(op, call) if result is None else result)
+
+    def _encode(self, rule: Converter, op: Op, call: Call) -> Any:
+        """A module by its rule; a subclass may have parameters of its own that the rule does not know."""
+        result = rule.encode(call)
+        own = {name for name, _ in call.module.named_parameters()}
+        if result is None or own <= {"weight", "bias"} or rule_for_type(type(call.module)):
+            return result
+        placed = {e.param for e in self.builder.edges} | self.builder.vectors.keys()
+        unseen = [name for name in (f"{call.name}.{key}".lstrip(".") for key in own) if name not in placed]
+        if unseen and self.on_unknown == "error":
+            return None
+        for flow in [*call.flows, *(leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Flow))]:
+            self.builder.freeze(flow.nodes if unseen else flow.nodes[:0], f"{call.name} has parameters of its own")
+        return result
 
     def _computed(self, op: Op, call: Call, ref: Ref) -> Parameters:
         """A value made from parameters alone; still the parameter itself if its numbers are all there."""
@@ -157,7 +173,10 @@ class _Reader:
 
     def _unknown(self, op: Op, call: Call) -> Any:
         """No rule: forbid to prune on either side, and carry the parameters through, or refuse them."""
-        own = sorted({name for p in call.parameters for name in p.names if name in self.builder.params})
+        names = {name for p in call.parameters for name in p.names}
+        if op.func is None:
+            names |= {f"{call.name}.{key}".lstrip(".") for key, _ in call.module.named_parameters()}
+        own = sorted(names & self.builder.params.keys())
         if self.on_unknown == "error" and own:
             raise ConversionError(
                 f"no rule for {type(call.module).__name__} '{call.name}', which calls {op.name}"

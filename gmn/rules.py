@@ -189,6 +189,11 @@ def rule_for(module: nn.Module) -> Converter | None:
     return None if computed else next((_MODULES[base] for base in type(module).__mro__ if base in _MODULES), None)
 
 
+def rule_for_type(kind: type[nn.Module]) -> bool:
+    """Whether exactly this type, not only a base class of it, has a rule."""
+    return kind in _MODULES
+
+
 def function_rule(name: str) -> Callable[[Call], Any] | None:
     """The rule of a torch function."""
     return _FUNCTIONS.get(name)

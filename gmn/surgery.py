@@ -7,7 +7,6 @@ tensors (`out_channels`, `normalized_shape`, ...) have to be known by type.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from gmn.graph import GraphSpec, group_of
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.heads import head_owner, set_heads
 from gmn.masks import entries, held
-from gmn.trace import evaluation, split_inputs
+from gmn.trace import clone, evaluation, split_inputs
 
 
 def remove(
@@ -46,7 +45,7 @@ def remove(
         PruningError: if the mask does not fit, or the smaller network does not run.
     """
     mask.validate(spec, coupled or couplings(spec))
-    smaller = copy.deepcopy(model)
+    smaller = clone(model)
     tensors = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
     kept = {name: entries(spec, name, tensors[name].shape, mask.keep) for name in held(spec)}
     _replace(smaller, {name: _cut(tensors[name], keep) for name, keep in kept.items() if not bool(keep.all())})

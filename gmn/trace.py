@@ -10,12 +10,15 @@ appears from nowhere gives that away, and the network is exported instead (`gmn.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -35,7 +38,9 @@ def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], 
     Raises:
         ConversionError: if the network does not run on the inputs.
     """
-    args, kwargs = split_inputs(example_inputs)
+    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        raise ConversionError("a lazy layer has no shape yet", hint="run the network once before it is converted")
+    args, kwargs = _distinct(split_inputs(example_inputs))
     recorder = _Recorder(model)
     inputs = tuple(recorder.track(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
     with evaluation(model), _hooked(model, recorder, is_leaf), torch.no_grad():
@@ -49,20 +54,47 @@ def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], 
                 got=f"input shape {shapes}",
                 hint=str(error).strip().split("\n")[0],
             ) from error
+    results = list(_tensors(result))
+    recorder.hidden |= not results or any(id(t) not in recorder.refs for t in results)
     if recorder.hidden and (exported := _export(model, args, kwargs)) is not None:
         return exported
-    outputs = [
-        recorder.refs[id(t)] for t in tree_flatten(result)[0] if isinstance(t, Tensor) and id(t) in recorder.refs
-    ]
+    outputs = [recorder.refs[id(t)] for t in results if id(t) in recorder.refs]
     integers = frozenset(n for n in inputs if not recorder.alive[n].is_floating_point())
     return Trace(
         tuple(recorder.ops), recorder.shapes, inputs, tuple(outputs), recorder.params, integers, blind=recorder.hidden
     )
 
 
+def _distinct(inputs: Any) -> Any:
+    """The inputs with a copy of every tensor, so that one that is given twice is two inputs."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def _tensors(result: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The tensors of what a network returns, also inside objects that torch does not know as containers."""
+    for leaf in tree_flatten(result)[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            yield from _tensors(vars(leaf), depth - 1)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:
     with evaluation(model), torch.no_grad():
         return trace_export(model, args, kwargs)
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy of a network.
+
+    Raises:
+        ConversionError: if something in it cannot be copied.
+    """
+    shared = {id(f): f for m in model.modules() for f in vars(m).values() if isinstance(f, torch.jit.ScriptFunction)}
+    try:
+        return copy.deepcopy(model, shared)  # scripted functions hold no numbers, and cannot be copied
+    except (TypeError, RuntimeError, AttributeError, pickle.PickleError) as error:
+        raise ConversionError("the network cannot be copied", got=str(error).split("\n")[0]) from error
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -121,9 +153,11 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         ref_args, ref_kwargs = self.to_refs(args), self.to_refs(kwargs)
         self.check(args, kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name in ("numpy", "__array__"):  # what happens to it there is not seen
+            self.hidden |= any(isinstance(r, Ref) and r.value not in self.params for r in tree_flatten(ref_args)[0])
         result = func(*args, **kwargs)
         self.plain.update({id(t): t for t in tree_flatten(result)[0] if isinstance(t, Tensor)})
-        name = getattr(func, "__name__", str(func))
         mutated = args[0] if name == "__setitem__" else result
         reads = any(isinstance(leaf, Ref) for leaf in tree_flatten((ref_args, ref_kwargs))[0])
         if reads and any(isinstance(leaf, Tensor) for leaf in tree_flatten(mutated)[0]):
@@ -151,34 +185,38 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _hooked(model: nn.Module, recorder: _Recorder, is_leaf: Callable[[nn.Module], bool]) -> Iterator[None]:
     """Hooks that keep the scope, and record leaf modules as one operation each."""
+    handles: list[Any] = []
     pending: list[tuple[Any, Any]] = []
-
-    def attach(name: str, module: nn.Module) -> list[Any]:
-        leaf = is_leaf(module)
-
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            recorder.scope.append(name)
-            if leaf:
-                if not recorder.paused:
-                    recorder.check(args, kwargs)
-                    pending.append((recorder.to_refs(args), recorder.to_refs(kwargs)))
-                recorder.paused += 1
-
-        def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            if leaf:
-                recorder.paused -= 1
-                if not recorder.paused:
-                    recorder.record("module", None, *pending.pop(), result)
-            recorder.scope.pop()
-
-        return [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True),
-        ]
-
-    handles = [handle for name, module in model.named_modules() for handle in attach(name, module)]
     try:
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no such hooks, and nothing of it is seen
+                before, after = _hooks(name, recorder, pending, leaf=is_leaf(module))
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hooks(
+    name: str, recorder: _Recorder, pending: list[tuple[Any, Any]], *, leaf: bool
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What to do before and after a module runs."""
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        recorder.scope.append(name)
+        if leaf:
+            if not recorder.paused:
+                recorder.check(args, kwargs)
+                pending.append((recorder.to_refs(args), recorder.to_refs(kwargs)))
+            recorder.paused += 1
+
+    def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if leaf:
+            recorder.paused -= 1
+            if not recorder.paused:
+                recorder.record("module", None, *pending.pop(), result)
+        recorder.scope.pop()
+
+    return before, after

@@ -41,7 +41,9 @@ class _Reader:
         integers: set[int] = set()
         specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         for node in self.program.graph.nodes:
-            if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
+            if node.op == "placeholder" and specs[node.name].kind == InputKind.CONSTANT_TENSOR:
+                self.numbers[node] = self.program.constants[str(specs[node.name].target)]
+            elif node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
                 number = self._number(node.meta["val"])
                 self.numbers[node] = Ref(number)
                 kind, target = specs[node.name].kind, specs[node.name].target
@@ -77,7 +79,8 @@ class _Reader:
         if not any(isinstance(leaf, Ref) for leaf in tree_flatten(outputs)[0]):
             return
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        name = str(getattr(node.target, "_schema").name).partition("::")[2]  # noqa: B009
+        schema = getattr(node.target, "_schema", None)  # a control-flow operator has none
+        name = schema.name.partition("::")[2] if schema else getattr(node.target, "__name__", str(node.target))
         module = str(stack[-1][0]) if stack else ""
         self.ops.append(Op(name, node.target, module, args, kwargs, outputs))  # pyright: ignore[reportArgumentType]
 

@@ -465,8 +465,8 @@ def test_a_rule_that_returns_another_shape_is_refused(transposed_rule: None) -> 
 def test_conversion_is_quick_and_small(name: str, seconds: float) -> None:
     model, x = torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
     record = trace(model, x, lambda module: rule_for(module) is not None)
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may be busy with something else
     graph = read(model, record, layouts()["generic"], "keep")
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
     numbers = graph.node_features.numel() + sum(features.numel() for features in graph.edge_features)
     assert numbers <= 1.5 * sum(parameter.numel() for parameter in model.parameters())
