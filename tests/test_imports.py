@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "address", "graph", "groups", "settings", "names", "spec_check"}
+    {"errors", "address", "graph", "groups", "settings", "names", "heads", "masks", "spec_check"}
     | {"views", "drawing", "placement", "strokes"},
     {
         *(
@@ -32,13 +32,15 @@ LAYERS = (
         ),
         *("layers", "layers_pyg", "metanetwork"),
     },
-    {"criteria", "surgery", "ranking", "costs"},
+    {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "wordnet"},
     *(
         {"data", "images", "sources", "cifar", "networks", "training", "progress", "checkpoint", "meta_train"}
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
-        | {"suites", "suite_networks", "jsonl"},
-        {"subject", "convert_cli"}
+        | {"suites", "suite_networks", "jsonl"}
+        | {"zoo", "zoo_check", "zoo_claims", "zoo_files", "zoo_format"}
+        | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
+        {"subject", "convert_cli", "zoo_cli"}
         | {"bench", "bench_checks", "bench_convert", "bench_report"}
         | {"pipeline", "compare", "job", "run", "report", "plots", "recipe", "cli", "api", "__init__", "__main__"},
     ),

@@ -1,0 +1,95 @@
+"""The files of a zoo: one per task, written once under a name that no other file has, and never changed.
+
+What the index says is not trusted: a file is a regular file with a plain name in the folder of the zoo.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import reprlib
+import secrets
+import stat
+from pathlib import Path
+
+from gmn.checkpoint import save_bytes
+from gmn.errors import CheckpointError
+from gmn.zoo_format import Stored, encode, size_of
+from gmn.zoo_task import FILE, Task, to_text
+
+
+def new_name(name: str) -> str:
+    """A file name that no other attempt at the task has."""
+    return f"{name}.{secrets.token_hex(4)}.safetensors"
+
+
+def save_task(path: str | Path, stored: Stored) -> None:
+    """Write a task's file outside of any zoo, for `gmn zoo add`."""
+    save_bytes(Path(path), encode(stored))
+
+
+def write_pending(path: Path, content: bytes) -> Path:
+    """Write and flush under a temporary name beside `path`, which says whose it is; the caller renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def locate(folder: Path, file: str) -> Path:
+    """The path of a row's file.
+
+    Raises:
+        CheckpointError: unless it is the plain name of a regular file, no link, in a folder that is no link.
+    """
+    path = folder / file
+    if not FILE.fullmatch(file):
+        raise CheckpointError("not the name of a task's file", got=reprlib.repr(file), where=str(folder))
+    if not folder.is_dir() or folder.is_symlink():
+        raise CheckpointError("no folder with the zoo's files", expected="a folder, no link", got=str(folder))
+    try:
+        mode = path.lstat().st_mode
+    except OSError as error:
+        raise CheckpointError("the task's file is missing", got=str(path)) from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError("the task's file is a link or no file", expected="a regular file", got=str(path))
+    return path
+
+
+def check_file(path: Path, task: Task, *, checksum: bool) -> None:
+    """CheckpointError if a file is too large, or has not the size or not the checksum that the index says."""
+    try:
+        size = size_of(path)
+        found = _digest(path) if checksum and size == task.bytes else task.sha256
+    except OSError as error:  # no permission, a bad disk
+        raise CheckpointError("cannot read the file", got=to_text(error), where=str(path)) from error
+    if size != task.bytes:
+        expected, got = f"{task.bytes:,} bytes", f"{size:,}"
+        raise CheckpointError("the file has another size", expected=expected, got=got, where=str(path))
+    if found != task.sha256:
+        expected, got = f"{task.sha256[:16]}...", f"{found[:16]}..."
+        raise CheckpointError("the file has another checksum", expected=expected, got=got, where=str(path))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
