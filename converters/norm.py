@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from gmn.builder import Group
 from gmn.flow import Flow
@@ -15,27 +16,15 @@ Values = dict[str, Tensor | None]
 
 
 @register_converter(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-class BatchNormConverter(Converter):
-    """Weight, bias, running mean and variance as four node features."""
-
-    def encode(self, call: Call) -> Flow | None:
-        """Channels along the axis after the batch."""
-        norm = call.module
-        assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-        values = {key: getattr(norm, key) for key in ("weight", "bias", *_STATISTICS)}
-        return normalise(call, norm.num_features, values, 1)
-
-
 @register_converter(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-class InstanceNormConverter(Converter):
-    """Weight and bias, and running statistics if there are any."""
+class BatchNormConverter(Converter):
+    """Weight, bias, running mean and variance as four node features, as far as the norm has them."""
 
     def encode(self, call: Call) -> Flow | None:
         """Channels along the axis after the batch."""
-        norm = call.module
-        assert isinstance(norm, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
-        values = {key: getattr(norm, key) for key in ("weight", "bias", *_STATISTICS)}
-        return normalise(call, norm.num_features, values, 1)
+        assert isinstance(call.module, _NormBase)
+        values = {key: getattr(call.module, key) for key in ("weight", "bias", *_STATISTICS)}
+        return normalise(call, call.module.num_features, values, 1)
 
 
 @register_converter(nn.GroupNorm)

@@ -126,7 +126,7 @@ class _Reader:
             return Parameters(names, shape)
         if len(source.shape) == 2 and _flips(op):
             return Parameters(names, shape, source.origin, not source.flipped)
-        plain = op.name in RESHAPES and (not source.flipped or source.shape == shape)
+        plain = op.name in RESHAPES and (not source.flipped or source.shape == shape) and not _picks(op)
         return Parameters(names, shape, source.origin if plain else None, source.flipped)
 
     def _call(self, op: Op) -> Call:
@@ -202,6 +202,12 @@ class _Reader:
         nodes = self.builder.ids(self.builder.add_nodes(f"{op.module}.{op.name}", shape[axis], "opaque"))
         self.builder.freeze(nodes, f"made by {op.module or op.name} ({op.name}), which has no rule")
         return Flow(spread(nodes, shape, axis))
+
+
+def _picks(op: Op) -> bool:
+    """Whether an index may change the order of what it takes."""
+    leaves = tree_flatten(op.args[1:])[0] if op.name == "__getitem__" else []
+    return any(isinstance(leaf, (Ref, Tensor)) for leaf in leaves) or any(isinstance(arg, list) for arg in op.args[1:])
 
 
 def _flips(op: Op) -> bool:
