@@ -172,6 +172,19 @@ class Criterion(Section):
     alpha: float = Field(default=4.0, ge=0, description="extra weight on what is small already; 0: off")
 
 
+class FilterPruning(Section):
+    """Iterative filter pruning on a task; the numbers of the MVP papers are the defaults."""
+
+    ratio: float = Field(default=0.9, gt=0, lt=1, description="share of each layer's units that goes")
+    iterations: int = Field(default=1000, ge=1, description="steps of SGD in all")
+    interval: int = Field(default=50, ge=1, description="steps between two rounds of dropping")
+    score: Literal["activation", "taylor"] = Field(default="activation", description="what makes a unit matter")
+    score_images: int = Field(default=1000, ge=1, description="training images that the scores are computed from")
+    lr: float = Field(default=0.005, gt=0, description="learning rate")
+    batch_size: int = Field(default=128, ge=1, description="images per step")
+    final_epochs: int = Field(default=1, ge=0, description="passes over the task's images after the last round")
+
+
 class Prune(Section):
     """The removal of channels."""
 

@@ -34,7 +34,18 @@ LAYERS = (
     },
     {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "wordnet"},
     *(
-        {"data", "images", "sources", "cifar", "networks", "training", "progress", "checkpoint", "meta_train"}
+        {
+            "data",
+            "images",
+            "sources",
+            "cifar",
+            "networks",
+            "training",
+            "progress",
+            "checkpoint",
+            "meta_train",
+            "filter_pruning",
+        }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
         | {"suites", "suite_networks", "jsonl"}

@@ -1,0 +1,175 @@
+"""Iterative filter pruning (IFP): fine-tune on a task and drop the units that matter least to it (MVP, section 3.1).
+
+    p = 1 - (1 - r)^(1 / floor(J / h))        every h of J iterations, p of the units that are left go
+
+A unit is a coupled channel, so that whatever must go together is scored and dropped as one. The network is really cut
+each time: later iterations are cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmn.convert import to_graph
+from gmn.criteria import Importance
+from gmn.data import Split
+from gmn.errors import PruningError
+from gmn.graph import GraphSpec
+from gmn.groups import Couplings, KeepMask, couplings
+from gmn.settings import FilterPruning, Fit
+from gmn.surgery import remove, settled
+from gmn.trace import clone, evaluation
+from gmn.training import fit
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A network cut for a task, and the nodes of the original network that it kept."""
+
+    model: nn.Module
+    keep: KeepMask
+
+
+def filter_prune(
+    model: nn.Module, split: Split, config: FilterPruning, example_inputs: Any, *, seed: int = 0
+) -> Shrunk:
+    """Fine-tune a network on a task's images while its least active units are dropped; the network is not changed.
+
+    Args:
+        model: The pre-trained network with a head for the task.
+        split: The task's training images.
+        config: Ratio, iterations and scores.
+        example_inputs: For the graph.
+        seed: Of the order of the images.
+
+    Raises:
+        PruningError: if nothing can be removed.
+        TrainingError: if the loss is NaN or infinite.
+    """
+    spec = to_graph(model, example_inputs).spec
+    coupled = settled(model, spec, couplings(spec), example_inputs)
+    if not bool(coupled.prunable.any()):
+        whole = "; ".join(sorted(set(coupled.frozen.values())))
+        raise PruningError("nothing can be pruned", hint=f"all channels must stay: {whole}")
+    floor = _floor(coupled, config.ratio)
+    nodes = torch.arange(spec.num_nodes)  # of the original network, those that are left
+    rounds = max(1, config.iterations // config.interval)
+    share = 1 - (1 - config.ratio) ** (1 / rounds)
+    current = clone(model)
+    for number in range(rounds):
+        _iterate(current, split, config, config.interval, seed * 1009 + number)
+        spec_now = to_graph(current, example_inputs).spec
+        left = _restrict(coupled, nodes)
+        keep = _weakest_dropped(_scores(current, spec_now, left, split, config), left, floor, share)
+        mask = KeepMask(left.nodes(keep))
+        current = remove(current, spec_now, mask, example_inputs, coupled=left)
+        nodes = nodes[mask.keep]
+    _iterate(current, split, config, config.iterations - rounds * config.interval, seed * 1009 + rounds)
+    if config.final_epochs:
+        fit(current, split, _fit(config, config.final_epochs, len(split)), seed=seed * 1009 + rounds + 1, title="final")
+    kept = torch.zeros(spec.num_nodes, dtype=torch.bool)
+    kept[nodes] = True
+    return Shrunk(current, KeepMask(kept).validate(spec, coupled))
+
+
+def _floor(coupled: Couplings, ratio: float) -> Tensor:
+    """[groups]: how many channels of each layer stay."""
+    return ((1 - ratio) * torch.bincount(coupled.group)).round().long().clamp(min=1)
+
+
+def _restrict(coupled: Couplings, nodes: Tensor) -> Couplings:
+    """The couplings of what is left: nodes, channels and groups keep their order, groups their numbers."""
+    channels, channel = coupled.channel[nodes].unique(return_inverse=True)
+    return Couplings(channel, coupled.group[channels], coupled.names, coupled.frozen)
+
+
+def _weakest_dropped(scores: Tensor, coupled: Couplings, floor: Tensor, share: float) -> Tensor:
+    """[channels] bool: what stays when every layer drops that share of its weakest, down to its floor."""
+    keep = torch.ones(coupled.num_channels, dtype=torch.bool)
+    for g in coupled.group[coupled.prunable].unique().tolist():
+        members = (coupled.group == g).nonzero().flatten()
+        count = min(round(share * len(members)), len(members) - int(floor[g]))
+        keep[members[scores[members].argsort()[: max(count, 0)]]] = False
+    return keep
+
+
+def _iterate(model: nn.Module, split: Split, config: FilterPruning, iterations: int, seed: int) -> None:
+    """So many steps of SGD, over as many passes as that takes."""
+    size = min(config.batch_size, len(split))
+    steps = len(split) // size
+    for epochs, per_epoch in ((iterations // steps, steps), (1, iterations % steps)):
+        if epochs and per_epoch:
+            fit(model, split, _fit(config, epochs, per_epoch * size), seed=seed, title="filter pruning")
+
+
+def _fit(config: FilterPruning, epochs: int, images: int) -> Fit:
+    return Fit(epochs=epochs, lr=config.lr, batch_size=config.batch_size, images_per_epoch=images)
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def _scores(model: nn.Module, spec: GraphSpec, coupled: Couplings, split: Split, config: FilterPruning) -> Tensor:
+    """[channels]: how much each unit matters to the task."""
+    images = split.batches(config.batch_size, limit=min(config.score_images, len(split)))
+    if config.score == "taylor":
+        return _taylor(model, spec, coupled, list(images))
+    return _activation(model, spec, coupled, [batch for batch, _ in images])
+
+
+def _activation(model: nn.Module, spec: GraphSpec, coupled: Couplings, batches: list[Tensor]) -> Tensor:
+    """Mean size of what a unit puts out after its norm, over images and positions; a sum over coupled layers."""
+    totals = torch.zeros(spec.num_nodes)
+    with _watched(model, spec, totals), evaluation(model), torch.no_grad():
+        for images in batches:
+            model(images)
+    return torch.zeros(coupled.num_channels).index_add_(0, coupled.channel, totals)
+
+
+@contextmanager
+def _watched(model: nn.Module, spec: GraphSpec, totals: Tensor) -> Iterator[None]:
+    """Hooks on the module that puts out each layer's channels: its norm, or the layer itself."""
+    owners = {(group.start, group.size): group.name for group in spec.groups}
+    for slot in spec.node_slots:  # a norm that lies on the layer's nodes comes after the layer
+        if spec.columns[slot.column] == "norm.weight":
+            owners[slot.nodes] = slot.param.rpartition(".")[0]
+    modules = dict(model.named_modules())
+
+    def hook(start: int, size: int) -> Any:
+        def add(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and size in output.shape[1:]:
+                axis = 1 if output.shape[1] == size else output.dim() - 1
+                if output.shape[axis] == size:
+                    rest = [d for d in range(output.dim()) if d != axis]
+                    totals[start : start + size] += F.relu(output).mean(rest).cpu()
+
+        return add
+
+    handles = [modules[n].register_forward_hook(hook(*nodes)) for nodes, n in owners.items() if n and n in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _taylor(model: nn.Module, spec: GraphSpec, coupled: Couplings, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Size of w dL/dw, summed over a unit's numbers: what the loss would change if they were zero."""
+    importance = Importance(spec, coupled)
+    with evaluation(model):
+        loss = sum(F.cross_entropy(model(images), labels, reduction="sum") for images, labels in batches)
+        parameters = dict(model.named_parameters())
+        assert isinstance(loss, Tensor)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    products = {
+        name: torch.zeros_like(p) if g is None else (p * g).detach().abs().sqrt()
+        for (name, p), g in zip(parameters.items(), gradients, strict=True)
+    }  # squared again by the energies, whose power is 2
+    return importance.raw(importance.energies(products)).cpu()

@@ -1,0 +1,114 @@
+"""Contract of `gmn.filter_pruning`.
+
+* Every layer ends at its ratio, in the number of rounds and steps that were asked for; frozen layers stay whole.
+* The least active units go first, or those whose loss of w dL/dw is least; coupled layers as one.
+* The mask is over the original network's nodes and is the shape of what is left; the original is not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import Residual, small
+
+import gmn.filter_pruning
+from gmn.convert import to_graph
+from gmn.data import Split
+from gmn.errors import PruningError
+from gmn.filter_pruning import filter_prune
+from gmn.groups import couplings
+from gmn.settings import FilterPruning
+
+QUICK = {"iterations": 6, "interval": 2, "batch_size": 8, "lr": 1e-3, "final_epochs": 0, "score_images": 32}
+
+
+def task(count: int = 32) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return Split(images, torch.arange(count) % 4, torch.full((3,), 0.5), torch.full((3,), 0.3))
+
+
+def example() -> Tensor:
+    return torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("score", ["activation", "taylor"])
+def test_every_layer_ends_at_its_ratio(score: str) -> None:
+    model = small(Residual(16), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 16, 1), width=16)
+    before = copy.deepcopy(model.state_dict())
+    shrunk = filter_prune(model, task(), FilterPruning(ratio=0.75, score=score, **QUICK), example(), seed=1)
+    spec = to_graph(model, example()).spec
+    coupled = couplings(spec)
+    shrunk.keep.validate(spec, coupled)
+    widths = {n: m.out_channels for n, m in shrunk.model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert widths == {"0": 4, "1.conv1": 4, "1.conv2": 4, "2": 6, "4": 4}
+    assert shrunk.model[-1].out_features == 4
+    assert to_graph(shrunk.model, example()).spec.num_nodes == int(shrunk.keep.keep.sum())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def dead(units: tuple[int, ...], *, by: str) -> nn.Module:
+    """A network some of whose 8 units never fire, or are never listened to."""
+    model = small(nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1))
+    with torch.no_grad():
+        if by == "activation":
+            model[1].weight[list(units)] = 0.0
+            model[1].bias[list(units)] = -1.0
+        else:
+            model[3].weight[:, list(units)] = 0.0
+            model[1].weight[list(units)] = 0.0
+            model[1].bias[list(units)] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("score", ["activation", "taylor"])
+def test_the_units_that_matter_least_go(score: str) -> None:
+    model = dead((1, 4, 6), by=score)
+    config = FilterPruning(ratio=0.375, score=score, **{**QUICK, "iterations": 1, "interval": 1, "lr": 1e-9})
+    keep = filter_prune(model, task(), config, example()).keep.keep
+    start = next(g.start for g in to_graph(model, example()).spec.groups if g.name == "1")
+    assert (~keep[start : start + 8]).nonzero().flatten().tolist() == [1, 4, 6]
+
+
+def test_rounds_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 iterations in rounds of 3 are 3 rounds and 2 steps more; 4 batches are one pass."""
+    taken: list[tuple[int, int]] = []
+    real = gmn.filter_pruning.fit
+
+    def fit(model: nn.Module, split: Split, config: gmn.Fit, **options: object) -> None:
+        taken.append((config.epochs, (config.images_per_epoch or 0) // 8))
+        real(model, split, config, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gmn.filter_pruning, "fit", fit)
+    config = FilterPruning(ratio=0.5, **{**QUICK, "iterations": 11, "interval": 3, "final_epochs": 1})
+    filter_prune(small(Residual(8), width=8), task(), config, example())
+    assert taken == [(1, 3), (1, 3), (1, 3), (1, 2), (1, 4)]
+    taken.clear()
+    filter_prune(small(Residual(8), width=8), task(), config.model_copy(update={"interval": 9}), example())
+    assert taken == [(2, 4), (1, 1), (1, 2), (1, 4)]
+
+
+def test_the_network_still_learns() -> None:
+    """A task that a few units can solve: the sign of each of two colours."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(64) % 4
+    colours = torch.stack([labels % 2, labels // 2, torch.zeros(64)], 1)[:, :, None, None].expand(64, 3, 8, 8) * 200
+    noise = torch.randint(0, 40, (64, 3, 8, 8), generator=generator)
+    split = Split((colours + noise).to(torch.uint8), labels.long(), torch.full((3,), 0.4), torch.full((3,), 0.3))
+    config = FilterPruning(ratio=0.5, **{**QUICK, "iterations": 60, "interval": 10, "lr": 0.1, "final_epochs": 10})
+    shrunk = filter_prune(small(Residual(8), width=8), split, config, example())
+    images, target = next(split.batches(64))
+    assert float((shrunk.model(images).argmax(1) == target).float().mean()) > 0.9
+    assert F.cross_entropy(shrunk.model(images), target) < 0.5
+
+
+def test_a_network_of_which_nothing_may_go() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with pytest.raises(
+        PruningError, match=r"nothing can be pruned: all channels must stay: network input; network output"
+    ):
+        filter_prune(model, task(), FilterPruning(**QUICK), example())
