@@ -45,6 +45,7 @@ LAYERS = (
             "checkpoint",
             "meta_train",
             "filter_pruning",
+            "tasks",
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
