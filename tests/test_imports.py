@@ -46,6 +46,7 @@ LAYERS = (
             "meta_train",
             "filter_pruning",
             "tasks",
+            "vote_prune",
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
