@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reading import Made, check, free, groups, learnt, reasons, scrambled, sizes, together
+from reading import Made, blocks, check, free, groups, learnt, reasons, scrambled, sizes, together
 from torch import Tensor, nn
 
 from gmn.convert import to_graph, to_model
-from gmn.errors import ConversionError
-from gmn.groups import couplings
+from gmn.errors import ConversionError, PruningError
+from gmn.groups import KeepMask, couplings
+from gmn.surgery import remove
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 TOKENS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(5))
@@ -84,6 +85,31 @@ def test_shuffled_channels_go_with_their_depthwise_kernel() -> None:
     source = [found["a"][k] for k in (0, 3, 1, 4, 2, 5)]
     assert channel[found["b"]].tolist() == channel[source].tolist()
     assert free(graph) == set()
+
+
+@pytest.mark.xfail(strict=True, reason="a grouped weight over nodes that are no neighbours lies in blocks of one piece")
+def test_a_grouped_convolution_of_a_concatenation_stays_whole() -> None:
+    model = made(
+        lambda m, x: m.out(m.b(torch.cat([m.a(x), x[:, :2]], 1))), a=conv(3, 4), b=conv(6, 8, groups=2), out=conv(8, 2)
+    )
+    graph = check(model, IMAGES)
+    keep = torch.ones(graph.spec.num_nodes, dtype=torch.bool)
+    keep[groups(graph)["b"][:2]] = False  # 2 + 4 are left, and cut in the middle: other channels, and no error
+    with pytest.raises(PruningError, match="channels that must stay"):
+        remove(model, graph.spec, KeepMask(keep), IMAGES)
+
+
+@pytest.mark.xfail(strict=True, reason="heads of a single channel are taken for channels that gate each other")
+def test_heads_of_one_channel() -> None:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(2, -1, 4, 1).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    layers = {role: nn.Linear(4, 4) for role in "qkv"}
+    graph = check(made(run, **layers, out=nn.Linear(4, 2)), TOKENS)
+    (source,) = [source for name, source, *_ in blocks(graph) if name == "out.weight"]
+    assert source == "v"
+    assert [heads for _, heads in graph.spec.heads] == [4]
 
 
 def test_constants_that_are_concatenated_carry_no_channel() -> None:

@@ -24,7 +24,7 @@ from gmn.vote_prune import Backbone, build_zoo, nearest, vote_for
 from gmn.zoo import Task, Zoo
 
 SHORT = FilterPruning(ratio=0.5, iterations=20, interval=10, batch_size=32, lr=0.02, final_epochs=1, score_images=100)
-QUICK = Fit(epochs=1, lr=0.02, batch_size=32, images_per_epoch=160)  # five steps
+QUICK = Fit(epochs=1, lr=0.02, batch_size=32, images_per_epoch=320)  # ten steps
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_vote_starts_from_its_neighbours(zoo: Zoo, backbone: Backbone, digits:
     voted, random = (evaluate(network, data.val).accuracy for network in (model, nowhere))
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in nowhere.parameters())
     assert voted > 0.85
-    assert voted > random + 0.1
+    assert voted > random + 0.2
 
 
 def test_too_few_neighbours(zoo: Zoo, backbone: Backbone, digits: Data) -> None:
