@@ -24,12 +24,16 @@ TITLES = {
     "extra": "What the libraries above lack",
 }
 SOURCES = {"timm": ("torch", "timm"), "extra": ("torch", "torchvision", "transformers")}
-COLUMNS = ("parameters", "in the graph", "of weight layers", "frozen", "nodes", "edges", "blocks", "traced by")
+COLUMNS = (
+    *("parameters", "in the graph", "of weight layers", "frozen", "nodes", "edges", "blocks", "traced by"),
+    *("bit-exact", "edit shows", "seconds"),
+)
 MEANING = (
     "Random weights and norm statistics, none of them trivial; eval mode; one process per network. Bit for bit: every "
     "entry of the state dict of the copy, and its outputs on inputs that the conversion did not see, are equal. "
     "Edited: noise on every number of the graph reaches every parameter that the graph holds, and the outputs. Weight "
-    "layers are convolutions, linear layers, norms and attention. Frozen channels are those that pruning leaves alone."
+    "layers are convolutions, linear layers, norms and attention. Frozen channels are those that pruning leaves alone. "
+    "Seconds: the whole of `to_graph`, one run of the network included, on two cores that had other work too."
 )
 
 
@@ -144,7 +148,14 @@ def _cells(row: Row) -> list[str]:
         *(_percent(row.get(key)) for key in ("share", "layer_share", "frozen")),
         *(_whole(row.get(key)) for key in ("nodes", "edges", "blocks")),
         _way(row),
+        _yes(row.get("bit_exact")),
+        _yes(row.get("edit_shows") and not row.get("unmoved")),
+        f"{row.get('seconds', {}).get('convert', 0):.1f}",
     ]
+
+
+def _yes(value: object) -> str:
+    return "yes" if value else "no"
 
 
 def _versions(suite: str, rows: Sequence[Row]) -> str:
