@@ -158,6 +158,20 @@ def bench_convert(
         raise typer.Exit(1)
 
 
+@bench_app.command("vote", epilog="Example:  gmn bench vote --tasks 1000 --neighbours 10")
+def bench_vote(
+    network: Annotated[str, typer.Option("--network", help="cifar.resnet20, torchvision.X, timm.X, ...")] = (
+        "cifar.resnet20"
+    ),
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="Size of the zoo.")] = 1000,
+    neighbours: Annotated[int, typer.Option("--neighbours", min=1, help="How many vote.")] = 10,
+) -> None:
+    """Time the vote itself on synthetic masks: search, draw, averages."""
+    from gmn import bench_vote as bench
+
+    bench.show(bench.vote_cost(network, tasks, neighbours))
+
+
 zoo_app = typer.Typer(no_args_is_help=True, help="The pruned tasks of a network: list, check, add.")
 app.add_typer(zoo_app, name="zoo")
 ZooArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the zoo.")]

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reading import Made, blocks, check, free, groups, learnt, reasons, scrambled, sizes, together
+from reading import Made, assert_prunable, blocks, check, free, groups, learnt, reasons, scrambled, sizes, together
 from torch import Tensor, nn
 
 from gmn.convert import to_graph, to_model
@@ -304,7 +304,17 @@ CRASHES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CRASHES)
+RESHAPED = {"a weight stored flat", "a weight in another shape"}
+TRANSPOSED = {"an autoencoder with one weight", "a convolution and its transpose"}
+
+
+def _mark(name: str) -> Any:
+    reason = "a linear layer takes the shape of the parameter for that of the weight" if name in RESHAPED else None
+    reason = "the nodes of a weight are looked up without their number" if name in TRANSPOSED else reason
+    return pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
+
+
+@pytest.mark.parametrize("name", [_mark(name) for name in CRASHES])
 def test_every_network_converts(name: str) -> None:
     build, x = CRASHES[name]
     model = build()

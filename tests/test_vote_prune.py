@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gmn.bench_vote import vote_cost
 from gmn.data import Data, load_data
 from gmn.errors import GmnError
 from gmn.networks import build_network
@@ -105,3 +106,11 @@ def test_a_zoo_of_another_network(tmp_path: Path, zoo: Zoo, digits: Data) -> Non
     other = build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"shortcut": "B", "width": 8})
     with pytest.raises(GmnError):
         Zoo.open(zoo.folder, Backbone.of(other.eval(), digits.example_inputs()).about())
+
+
+def test_the_cost_of_a_vote_is_measured() -> None:
+    found = vote_cost("cifar.resnet8", 50, 3, rounds=1)
+    assert (found.tasks, found.neighbours) == (50, 3)
+    assert found.search > 0
+    assert found.vote > 0
+    assert found.total == found.search + found.vote + found.average < 5
