@@ -28,7 +28,8 @@ def functional(call: Call) -> Flow | None:
         return None
     matrix = call.builder.tensor(weight.origin)
     shift = call.builder.tensor(bias.origin) if isinstance(bias, Parameters) and bias.origin else None
-    return project(call, matrix, shift, transposed=weight.flipped) if len(weight.shape) == 2 else None
+    stored = weight.shape[::-1] if weight.flipped else weight.shape
+    return project(call, matrix, shift, transposed=weight.flipped) if tuple(matrix.shape) == stored else None
 
 
 def project(call: Call, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Flow | None:

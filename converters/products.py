@@ -26,7 +26,9 @@ def matmul(call: Call) -> Flow | None:
     """[..., i, j] times [..., j, k]."""
     a, b = call.args[0], call.argument(1, "mat2", call.kwargs.get("other"))
     if isinstance(b, Parameters) and b.origin is not None and len(b.shape) == 2:
-        return project(call, call.builder.tensor(b.origin), None, transposed=not b.flipped)
+        matrix = call.builder.tensor(b.origin)
+        stored = b.shape[::-1] if b.flipped else b.shape
+        return project(call, matrix, None, transposed=not b.flipped) if tuple(matrix.shape) == stored else None
     a, b = _fixed(a), _fixed(b)
     if a is None or b is None or min(a.ids.dim(), b.ids.dim()) < 2:
         return None
@@ -69,13 +71,21 @@ def multiply(call: Call, left: Operand, right: Operand, out: str, shape: tuple[i
         for flow in (left[0], right[0]):
             call.builder.freeze(flow.nodes, f"multiplied with other channels in {call.name}")
         return Flow(nothing(shape), uses=call.uses)
-    if not tails[0]:  # channel times channel
+    width_one = not tails[0] and _sums_single(left, right, out)  # heads of one channel each
+    if not tails[0] and not width_one:  # channel times channel
         call.builder.tie(a, b)
         return Flow(_arrange(left, out, shape), uses=call.uses)
-    if tails[0] not in out:
+    summed = width_one or tails[0] not in out
+    if summed:
         call.builder.tie(a, b)
     width = torch.Size([left[0].ids.shape[left[1].index(letter)] for letter in tails[0]]).numel()
-    return Flow(nothing(shape), uses=call.uses, scores=Scores(a, b, len(a) // width, tails[0] not in out))
+    return Flow(nothing(shape), uses=call.uses, scores=Scores(a, b, len(a) // width, summed))
+
+
+def _sums_single(left: Operand, right: Operand, out: str) -> bool:
+    """Whether a letter of size one is summed away on both sides."""
+    gone = [letter for letter in left[1] if letter in right[1] and letter not in out]
+    return any(flow.ids.shape[letters.index(letter)] == 1 for letter in gone for flow, letters in (left, right))
 
 
 def _carried(flow: Flow, letters: str) -> str:

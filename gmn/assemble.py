@@ -158,6 +158,9 @@ class _Assembly:
             source, target = ((int(end[start, 0]), count * end.shape[1]) for end in ends)
             taps, index = self._block(edges, source, target, count)
             self._slot(edges, index, (start, count), rows, cols, taps)
+        if not stretches:  # as several dense blocks it no longer shows that its pieces must stay alike
+            for nodes in (edges.src, edges.dst):
+                self.builder.freeze(nodes, f"grouped convolution {edges.name}")
         for piece in range(0 if stretches else g):
             self._dense(edges, (piece, 1), src[piece], dst[piece], None)
 

@@ -114,7 +114,7 @@ class Builder:
         self.attention: list[Attention] = []
         self.open_inputs: dict[int, int] = {}  # first node -> input whose channel axis is still a guess
         self.shared: set[str] = set()  # modules whose parameters are read by more than one call
-        self._homes: dict[tuple[str, str], Group] = {}
+        self._homes: dict[tuple[str, str, int], Group] = {}
         self._uses: dict[str, Edges] = {}  # first use of each weight
         self._next = 0
 
@@ -130,9 +130,9 @@ class Builder:
 
     def layer_nodes(self, param: str, name: str, size: int, kind: str, sources: Tensor | None) -> Group:
         """The nodes of a weight: new ones, or those it made before, when its layer is called again."""
-        made = self._homes.get((param, name))
+        made = self._homes.get((param, name, size))
         if made is None:
-            made = self._homes[param, name] = self.add_nodes(name, size, kind, sources)
+            made = self._homes[param, name, size] = self.add_nodes(name, size, kind, sources)
         return made
 
     @property
