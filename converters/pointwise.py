@@ -61,8 +61,8 @@ def reduce(call: Call) -> Flow | None:
     """A mean over positions keeps the channels; over channels it keeps none of them."""
     flow, name = call.flows[0], call.op
     dims = call.argument(2 if name in ("norm", "linalg_vector_norm") else 1, "dim", call.kwargs.get("axis"))
-    if call.parameters:
-        return None
+    if call.parameters or not flow.ids.numel():
+        return None if call.parameters else Flow(nothing(call.shape), uses=call.uses)
     dims = tuple(range(flow.ids.dim())) if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
     top = flow.ids.amax(dims, keepdim=True)
     ids = top.expand(call.shape) if len(call.shape) == top.dim() else flow.ids.amax(dims)

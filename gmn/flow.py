@@ -51,6 +51,8 @@ class Flow:
     def aligned(self, axis: int) -> Tensor | None:
         """Node of every channel along `axis`, `NO_NODE` for none; None if the other axes carry channels too."""
         axis %= self.ids.dim()
+        if not self.ids.numel():
+            return self.ids.new_full((self.ids.shape[axis],), NO_NODE)
         others = [d for d in range(self.ids.dim()) if d != axis]
         if all(self.ids.shape[d] == 1 or self.ids.stride(d) == 0 for d in others):
             return _first(self.ids, axis)
@@ -83,7 +85,7 @@ class Flow:
     @property
     def nodes(self) -> Tensor:
         """All nodes carried, sorted."""
-        ids = self.ids
+        ids = self.ids if self.ids.numel() else self.ids.flatten()
         for dim in range(ids.dim()):  # a broadcast axis repeats its first entry
             if ids.stride(dim) == 0:
                 ids = ids.narrow(dim, 0, 1)

@@ -251,6 +251,13 @@ def nullified(m: nn.Module, x: Tensor) -> Tensor:
     return m.out(y)
 
 
+def rotated(m: nn.Module, x: Tensor) -> Tensor:
+    """Some channels are turned, the rest, of which there is none, is not."""
+    y = m.a(x)
+    turned, rest = y[..., :6], y[..., 6:]
+    return m.out(torch.cat([rest, -turned], -1) + (rest.mean(1, keepdim=True) * rest).sum())
+
+
 OUTSIDE = torch.tensor([2.0])
 CRASHES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "maximum over points": (
@@ -261,6 +268,7 @@ CRASHES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         lambda: made(lambda m, x: m.out(m.a(x) * m.a(x).max(1)[0].unsqueeze(1)), a=conv(3, 6), out=conv(6, 2)),
         IMAGES,
     ),
+    "an empty part": (lambda: made(rotated, a=nn.Linear(4, 6), out=nn.Linear(6, 2)), TOKENS),
     "writing where a mask says": (lambda: made(nullified, a=conv(3, 6), out=conv(6, 2)), IMAGES),
     "a constant in an exported network": (
         lambda: made(
