@@ -109,7 +109,7 @@ def average(
                 raise PruningError(
                     "a neighbour does not fit its mask", expected=f"{int(mask.sum())} numbers", got=got, where=name
                 )
-            total[mask] += own[name].flatten()
+            total += torch.zeros_like(full).masked_scatter_(mask, own[name])
             times += mask
         state[name] = torch.where(times > 0, total / times.clamp(min=1), full).to(full.dtype)
     return state
