@@ -114,16 +114,11 @@ def write(call: Call) -> Flow | None:
     return Flow(ids, uses=call.uses)
 
 
-@register_function("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros")
+@register_function("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+@register_function("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
 def fresh(call: Call) -> Flow:
-    """A new tensor of an activation's shape carries nothing of it."""
+    """A new tensor of an activation's shape, or only of its type, carries nothing of it."""
     return Flow(nothing(call.shape), uses=call.uses)
-
-
-@register_function("new_ones", "new_empty", "new_full", "new_tensor")
-def fresh_too(call: Call) -> Flow:
-    """The same for tensors that only take the type."""
-    return fresh(call)
 
 
 @register_function("pad", "constant_pad_nd")

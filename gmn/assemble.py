@@ -145,7 +145,7 @@ class _Assembly:
         """Depthwise: a diagonal for each contiguous stretch. Grouped: one block, or one for each piece."""
         g = edges.pieces
         src, dst = edges.src.long().view(g, -1), edges.dst.long().view(g, -1)
-        _, out, into = g, dst.shape[1], src.shape[1]
+        out, into = dst.shape[1], src.shape[1]
         rows, cols = torch.arange(out), torch.arange(into)
         ends = self.final[src], self.final[dst]
         if out == into == 1:

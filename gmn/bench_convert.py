@@ -33,6 +33,7 @@ from gmn.bench_checks import (
     unmoved,
     versions,
 )
+from gmn.checkpoint import save_json
 from gmn.convert import to_graph, to_model
 from gmn.graph import NetworkGraph
 from gmn.groups import couplings
@@ -75,9 +76,7 @@ class Result:
 
     def save(self) -> None:
         """Write the file."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values | {"peak_mb": peak_memory()}), encoding="utf-8")
-        temporary.replace(self.path)  # killed in between, the old file is whole
+        save_json(self.path, self.values | {"peak_mb": peak_memory()})  # killed in between, the old file is whole
 
 
 def measure(entry: Entry, result: Result) -> None:

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gmn.address import Shape4
 from gmn.errors import ConversionError
-from gmn.flow import NO_NODE, Flow
+from gmn.flow import Flow
 
 # layers whose sizes surgery knows; a layer with a rule of its own is converted, but stays whole
 CUTTABLE = (_ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
@@ -320,7 +320,9 @@ class Builder:
         """Residual edges of value 1 from node k of `src` to node k of `dst`; padded channels have none."""
         dense = dense and self.whole_group(src[src >= 0]) is not None
         keep = slice(None) if dense else src >= 0
-        self.edges.append(Edges(name, src[keep], dst[keep], 1 if dense else len(src[keep]), (1,), dense=dense))
+        self.edges.append(
+            Edges(name, src[keep], dst[keep], 1 if dense else len(src[keep]), IDENTITY_KERNEL, dense=dense)
+        )
 
     def absorb(self, branch: Group, main: Group) -> bool:
         """Make the layer at the end of a residual branch end in the nodes of the main path (a downsample convolution).
@@ -335,6 +337,3 @@ class Builder:
         branch.slots.clear()
         self.merged.append((self.ids(branch), self.ids(main)))
         return True
-
-
-__all__ = ["CUTTABLE", "IDENTITY_KERNEL", "NO_NODE", "ROLES", "Attention", "Builder", "Edges", "Group", "Layout"]

@@ -19,7 +19,6 @@ from torch import nn
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.costs import Cost, cost, latency
-from gmn.groups import couplings
 from gmn.job import Job
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
@@ -152,7 +151,7 @@ def _curve(
 
 def _curve_of(job: Job, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
     graph = job.graph(model)
-    coupled = settled(model, graph.spec, couplings(graph.spec), job.example)
+    coupled = settled(model, graph.spec, job.example)
     masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, job.recipe.prune, job.recipe.criterion))
     points = [
         (before.flops / cost(model, job.example).flops, evaluate(model, job.data.val, limit=CURVE_IMAGES).accuracy)

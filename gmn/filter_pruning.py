@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from gmn.convert import to_graph
 from gmn.criteria import Importance
 from gmn.data import Split
-from gmn.errors import PruningError
 from gmn.graph import GraphSpec
-from gmn.groups import Couplings, KeepMask, couplings
+from gmn.groups import Couplings, KeepMask
+from gmn.ranking import nothing_to_prune
 from gmn.settings import FilterPruning, Fit
 from gmn.surgery import remove, settled
 from gmn.trace import clone, evaluation
@@ -54,11 +54,10 @@ def filter_prune(
         TrainingError: if the loss is NaN or infinite.
     """
     spec = to_graph(model, example_inputs).spec
-    coupled = settled(model, spec, couplings(spec), example_inputs)
+    coupled = settled(model, spec, example_inputs)
     if not bool(coupled.prunable.any()):
-        whole = "; ".join(sorted(set(coupled.frozen.values())))
-        raise PruningError("nothing can be pruned", hint=f"all channels must stay: {whole}")
-    floor = _floor(coupled, config.ratio)
+        raise nothing_to_prune(coupled)
+    floor = coupled.left_after(config.ratio)
     nodes = torch.arange(spec.num_nodes)  # of the original network, those that are left
     rounds = max(1, config.iterations // config.interval)
     share = 1 - (1 - config.ratio) ** (1 / rounds)
@@ -77,11 +76,6 @@ def filter_prune(
     kept = torch.zeros(spec.num_nodes, dtype=torch.bool)
     kept[nodes] = True
     return Shrunk(current, KeepMask(kept).validate(spec, coupled))
-
-
-def _floor(coupled: Couplings, ratio: float) -> Tensor:
-    """[groups]: how many channels of each layer stay."""
-    return ((1 - ratio) * torch.bincount(coupled.group)).round().long().clamp(min=1)
 
 
 def _restrict(coupled: Couplings, nodes: Tensor) -> Couplings:

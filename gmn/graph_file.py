@@ -6,7 +6,6 @@ file and a freshly built network give the first network back, bit for bit. Nothi
 
 from __future__ import annotations
 
-import copy
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from gmn.graph import GraphSpec, NetworkGraph
 from gmn.graph_copies import check_copies, is_copy, repeats, same_bits, with_copies
 from gmn.graph_header import Header, as_json, is_graph_file, read, read_source, to_metadata
 from gmn.spec_check import Shape, check_spec
+from gmn.trace import clone
 
 __all__ = ["is_graph_file", "load_graph", "read_source", "same_bits", "save_graph"]
 
@@ -110,7 +110,7 @@ def _expect(field: str, own: Mapping[str, object], graph: Mapping[str, object], 
 
 def _filled(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> nn.Module:
     """A copy of the network with the numbers and types of the file; parameters that are tied stay tied."""
-    filled = copy.deepcopy(model)
+    filled = clone(model)
     for name, tensor in [*filled.named_parameters(), *filled.named_buffers()]:
         if name not in state:
             continue

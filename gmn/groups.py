@@ -45,6 +45,15 @@ class Couplings:
         """[channels] bool: channels of groups that are not frozen."""
         return ~torch.isin(self.group, torch.tensor(list(self.frozen), dtype=torch.int64))
 
+    @property
+    def first_nodes(self) -> Tensor:
+        """[channels]: the first node of each channel."""
+        return _first(self.channel, torch.arange(len(self.channel)))
+
+    def left_after(self, ratio: float) -> Tensor:
+        """[groups]: how many channels of each stay when this share of them goes; one at least."""
+        return ((1 - ratio) * torch.bincount(self.group)).round().long().clamp(min=1)
+
     def nodes(self, channels: Tensor) -> Tensor:
         """[channels] bool to [N] bool."""
         return channels[self.channel]
@@ -87,15 +96,17 @@ def couplings(spec: GraphSpec) -> Couplings:
     """Coupled channels and their groups, by joining nodes along identity edges and depthwise kernels."""
     labels = _components(spec.num_nodes, _coupled_pairs(spec))
     channel = labels.unique(return_inverse=True)[1]
-    first_node = torch.full((int(channel.max()) + 1,), spec.num_nodes).scatter_reduce_(
-        0, channel, torch.arange(spec.num_nodes), "amin"
-    )
+    first_node = _first(channel, torch.arange(spec.num_nodes))
     group = _groups(spec, channel, len(first_node))
-    first_of_group = torch.full((int(group.max()) + 1,), spec.num_nodes).scatter_reduce_(0, group, first_node, "amin")
     starts = torch.tensor([node_group.start for node_group in spec.groups])
-    owner = torch.searchsorted(starts, first_of_group, right=True) - 1
+    owner = torch.searchsorted(starts, _first(group, first_node), right=True) - 1
     names = tuple(spec.groups[index].name for index in owner.tolist())
     return Couplings(channel, group, names, _frozen(spec, channel, group))
+
+
+def _first(index: Tensor, nodes: Tensor) -> Tensor:
+    """The lowest of the nodes that share an index, for every index."""
+    return nodes.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, nodes, "amin", include_self=False)
 
 
 def parametric(spec: GraphSpec) -> set[int]:

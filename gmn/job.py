@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from gmn.progress import say, track
 from gmn.ranking import Pruned, prune_to
 from gmn.run import Run
 from gmn.settings import Recipe
+from gmn.trace import clone
 from gmn.training import evaluate, fit, make_optimizer, recalibrate
 
 
@@ -110,7 +110,7 @@ class Job:
 
     def initially_pruned(self, model: nn.Module, index: int) -> nn.Module:
         """The network after its initial pruning and fine-tuning, if the recipe has them."""
-        settings, model = self.recipe.data_models, copy.deepcopy(model)
+        settings, model = self.recipe.data_models, clone(model)
         if settings.initial_speed_up > 1:
             model = self.prune(model, settings.initial_speed_up).model
         if settings.initial_fit:

@@ -17,7 +17,7 @@ from gmn.costs import Cost, cost
 from gmn.criteria import Importance
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec, NetworkGraph
-from gmn.groups import Couplings, KeepMask, couplings
+from gmn.groups import Couplings, KeepMask
 from gmn.settings import Criterion, Prune
 from gmn.surgery import remove, settled
 
@@ -66,7 +66,7 @@ def prune_to(
             expected=f"a target above {before.flops / cost(model, example_inputs).flops:.2f}x",
             got=f"{config.speed_up:g}x",
         )
-    coupled = settled(model, graph.spec, couplings(graph.spec), example_inputs)
+    coupled = settled(model, graph.spec, example_inputs)
     masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, config, criterion))
     cut = lambda mask: remove(model, graph.spec, mask, example_inputs, coupled=coupled)  # noqa: E731
     low, high = 0, len(masks)
@@ -136,13 +136,21 @@ def _zero(energies: dict[str, Tensor], importance: Importance, keep: Tensor) -> 
         energy.masked_fill_(drop, 0.0)
 
 
+def nothing_to_prune(coupled: Couplings) -> PruningError:
+    """The error that every channel must stay, with the reasons."""
+    return PruningError("nothing can be pruned", hint=f"all channels must stay: {_whole(coupled)}")
+
+
+def _whole(coupled: Couplings) -> str:
+    return "; ".join(sorted(set(coupled.frozen.values())))
+
+
 def _out_of_reach(coupled: Couplings, config: Prune, before: Cost, smallest: Cost | None) -> PruningError:
-    whole = "; ".join(sorted(set(coupled.frozen.values())))
     if smallest is None:
-        return PruningError("nothing can be pruned", hint=f"all channels must stay: {whole}")
+        return nothing_to_prune(coupled)
     return PruningError(
         "the target speed-up is out of reach",
         expected=f"{config.speed_up:g}x",
         got=f"at most {before.flops / smallest.flops:.2f}x with prune.max_ratio {config.max_ratio:g}",
-        hint=f"raise prune.max_ratio or lower prune.speed_up; these stay whole: {whole}",
+        hint=f"raise prune.max_ratio or lower prune.speed_up; these stay whole: {_whole(coupled)}",
     )

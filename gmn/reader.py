@@ -108,10 +108,12 @@ class _Reader:
             return result
         placed = {e.param for e in self.builder.edges} | self.builder.vectors.keys()
         unseen = [name for name in (f"{call.name}.{key}".lstrip(".") for key in own) if name not in placed]
-        if unseen and self.on_unknown == "error":
+        if not unseen:
+            return result
+        if self.on_unknown == "error":
             return None
         for flow in [*call.flows, *(leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Flow))]:
-            self.builder.freeze(flow.nodes if unseen else flow.nodes[:0], f"{call.name} has parameters of its own")
+            self.builder.freeze(flow.nodes, f"{call.name} has parameters of its own")
         return result
 
     def _computed(self, op: Op, call: Call, ref: Ref) -> Parameters:

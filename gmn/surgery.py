@@ -20,7 +20,7 @@ from gmn.errors import PruningError
 from gmn.graph import GraphSpec, group_of
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.heads import head_owner, set_heads
-from gmn.masks import entries, held
+from gmn.masks import entries
 from gmn.trace import clone, evaluation, split_inputs
 
 
@@ -47,7 +47,7 @@ def remove(
     mask.validate(spec, coupled or couplings(spec))
     smaller = clone(model)
     tensors = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
-    kept = {name: entries(spec, name, tensors[name].shape, mask.keep) for name in held(spec)}
+    kept = entries(spec, {name: tensor.shape for name, tensor in tensors.items()}, mask.keep)
     _replace(smaller, {name: _cut(tensors[name], keep) for name, keep in kept.items() if not bool(keep.all())})
     _shrink_heads(smaller, spec, mask.keep)
     _prove(smaller, example_inputs)
@@ -126,11 +126,12 @@ def _prove(model: nn.Module, example_inputs: Any) -> None:
             raise PruningError("the pruned network does not run", got=message, hint=hint) from error
 
 
-def settled(model: nn.Module, spec: GraphSpec, coupled: Couplings, example_inputs: Any) -> Couplings:
-    """The couplings, with those groups frozen whose size is written in the network's code (`view(-1, 1024)`).
+def settled(model: nn.Module, spec: GraphSpec, example_inputs: Any) -> Couplings:
+    """A graph's couplings, those groups frozen too whose size is written in the network's code (`view(-1, 1024)`).
 
     Found by trial: one channel of every group is removed, and if the rest does not run, the groups are bisected.
     """
+    coupled = couplings(spec)
     sizes = torch.bincount(coupled.group)
     free = [g for g in coupled.group[coupled.prunable].unique().tolist() if int(sizes[g]) > 1]
     stuck = dict.fromkeys(_stuck(model, spec, coupled, example_inputs, free), "its size is written in the code")

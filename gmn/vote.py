@@ -16,7 +16,7 @@ from torch import Tensor
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask
-from gmn.masks import entries, held
+from gmn.masks import entries
 
 TEMPERATURE = 0.025
 
@@ -34,10 +34,7 @@ def counts(keeps: Tensor, coupled: Couplings) -> Tensor:
     if keeps.dim() != 2 or keeps.shape[1] != len(coupled.channel) or not len(keeps):
         expected = f"bool [neighbours, {len(coupled.channel)}]"
         raise PruningError("the masks do not vote on this network", expected=expected, got=str(tuple(keeps.shape)))
-    first = torch.full((coupled.num_channels,), keeps.shape[1]).scatter_reduce_(
-        0, coupled.channel, torch.arange(keeps.shape[1]), "amin"
-    )
-    return keeps[:, first].sum(dim=0)
+    return keeps[:, coupled.first_nodes].sum(dim=0)
 
 
 def draw(votes: Tensor, coupled: Couplings, ratio: float, generator: torch.Generator, tau: float) -> Tensor:
@@ -54,8 +51,7 @@ def draw(votes: Tensor, coupled: Couplings, ratio: float, generator: torch.Gener
     sizes = torch.bincount(coupled.group)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[coupled.group[order]]
-    wanted = ((1 - ratio) * sizes).round().long().clamp(min=1)
-    return (rank < wanted[coupled.group]) | ~coupled.prunable
+    return (rank < coupled.left_after(ratio)[coupled.group]) | ~coupled.prunable
 
 
 def vote(
@@ -98,18 +94,22 @@ def average(
     Raises:
         PruningError: if a neighbour's tensor is not the part of the full one that its mask says.
     """
-    state = {name: tensor.clone() for name, tensor in origin.items()}
-    for name in held(spec):
-        full = origin[name]
-        total, times = torch.zeros_like(full), torch.zeros(full.shape, dtype=torch.int64)
-        for own, keep in zip(neighbours, keeps, strict=True):
-            mask = entries(spec, name, full.shape, keep)
+    totals: dict[str, Tensor] = {}
+    times: dict[str, Tensor] = {}
+    shapes = {name: tensor.shape for name, tensor in origin.items()}
+    for own, keep in zip(neighbours, keeps, strict=True):
+        for name, mask in entries(spec, shapes, keep).items():
+            full = origin[name]
             if int(mask.sum()) != own[name].numel():
                 got = f"{list(own[name].shape)} of {list(full.shape)}"
                 raise PruningError(
                     "a neighbour does not fit its mask", expected=f"{int(mask.sum())} numbers", got=got, where=name
                 )
-            total += torch.zeros_like(full).masked_scatter_(mask, own[name])
-            times += mask
-        state[name] = torch.where(times > 0, total / times.clamp(min=1), full).to(full.dtype)
+            part = torch.zeros_like(full).masked_scatter_(mask, own[name])
+            totals[name] = totals[name] + part if name in totals else part
+            times[name] = times[name] + mask if name in times else mask.long()
+    state = {name: tensor.clone() for name, tensor in origin.items()}
+    for name, count in times.items():
+        full = origin[name]
+        state[name] = torch.where(count > 0, totals[name] / count.clamp(min=1), full).to(full.dtype)
     return state

@@ -22,7 +22,7 @@ from gmn.data import Data
 from gmn.errors import GmnError
 from gmn.filter_pruning import filter_prune
 from gmn.graph import GraphSpec
-from gmn.groups import Couplings, KeepMask, couplings
+from gmn.groups import Couplings, KeepMask
 from gmn.masks import entries
 from gmn.settings import FilterPruning, Fit
 from gmn.similarity import Similarity, TaskView, rank
@@ -55,8 +55,7 @@ class Backbone:
     def of(cls, model: nn.Module, example_inputs: Any) -> Backbone:
         """Read a network's graph once for all tasks."""
         spec = to_graph(model, example_inputs).spec
-        coupled = settled(model, spec, couplings(spec), example_inputs)
-        return cls(model, example_inputs, spec, coupled, head_of(spec))
+        return cls(model, example_inputs, spec, settled(model, spec, example_inputs), head_of(spec))
 
     def about(self, **more: Any) -> dict[str, Any]:
         """What a zoo says of its tasks' network."""
@@ -89,7 +88,7 @@ def build_zoo(backbone: Backbone, data: Data, zoo: Zoo, config: FilterPruning, *
             done += 1
         except GmnError as error:
             zoo.fail(task, error)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: nobody works on the task any more
             zoo.release(task)
             raise
     return done
@@ -208,6 +207,6 @@ def _with_own_head(
     backbone: Backbone, weights: Mapping[str, Tensor], keep: Tensor, origin: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """A neighbour's numbers with the pre-trained head in place of its own, which is for other classes."""
-    heads = [name for name in origin if name.rpartition(".")[0] == backbone.head]
-    own = {name: origin[name][entries(backbone.spec, name, origin[name].shape, keep)] for name in heads}
+    heads = {name: tensor.shape for name, tensor in origin.items() if name.rpartition(".")[0] == backbone.head}
+    own = {name: origin[name][mask] for name, mask in entries(backbone.spec, heads, keep).items()}
     return {**weights, **own}

@@ -15,7 +15,7 @@ import torch
 from gmn.bench_checks import randomise
 from gmn.bench_convert import Result, measure
 from gmn.convert import to_graph
-from gmn.groups import KeepMask, couplings
+from gmn.groups import KeepMask
 from gmn.suites import Entry, Input, suite
 from gmn.surgery import remove, settled
 
@@ -57,7 +57,7 @@ def test_what_may_go_can_go(entry: Entry) -> None:
     model = randomise(entry.build())
     (x,) = entry.example(model, 0)
     spec = to_graph(model, x).spec
-    coupled = settled(model, spec, couplings(spec), x)
+    coupled = settled(model, spec, x)
     keep = torch.ones(coupled.num_channels, dtype=torch.bool)
     for g in coupled.group[coupled.prunable].unique().tolist():
         members = (coupled.group == g).nonzero().flatten()
