@@ -9,17 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from gmn.backbone import Backbone
 from gmn.builder import Layout
-from gmn.checkpoint import load_metanetwork
+from gmn.checkpoint import load_json, load_metanetwork, load_model
 from gmn.convert import to_graph, to_model
-from gmn.costs import cost
+from gmn.costs import Cost, cost
 from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
 from gmn.metanetwork import MetaNetwork
+from gmn.neighbours import ranking
 from gmn.ranking import prune_to
 from gmn.reader import OnUnknown
 from gmn.settings import Criterion, Fit, Prune
+from gmn.similarity import similarity_by_name
 from gmn.training import evaluate, fit, recalibrate
+from gmn.vote_prune import cut_out, elect
+from gmn.zoo import Zoo
+
+NETWORK = "network"
+"""Folder beside the tasks of a zoo."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +44,85 @@ class Meta:
             return to_model(self.network.to(graph.node_features.device)(graph))
 
 
-def load(path: str | Path) -> Meta:
+@dataclass(frozen=True)
+class Voters:
+    """A zoo with its network: tasks that can vote on a new one."""
+
+    zoo: Zoo
+    backbone: Backbone
+
+    def elect(
+        self,
+        data: Data,
+        *,
+        similarity: str = "leep",
+        neighbours: int = 3,
+        finetune: Fit | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> nn.Module:
+        """The sub-network for a new task that the nearest tasks vote for, fine-tuned if `finetune` is given.
+
+        Args:
+            data: The task's data.
+            similarity: A name that `gmn.similarity` knows.
+            neighbours: How many tasks vote.
+        """
+        data = data.to(next(self.backbone.model.parameters()).device)
+        names = ranking(self.backbone, self.zoo, data, similarity_by_name(similarity)).nearest(neighbours)
+        ratio = float(self.zoo.about["ratio"])
+        state, mask = elect(self.backbone, self.zoo, names, ratio=ratio, seed=seed)
+        model = cut_out(self.backbone, state, mask, data.num_classes, seed=seed)
+        if finetune is not None:
+            fit(model, data.train, finetune, seed=seed, augment=augment, title="after the vote")
+        return model.eval()
+
+
+def load(path: str | Path) -> Meta | Voters:
+    """What a run learnt: the metanetwork of a run folder or of a file, or a zoo that votes.
+
+    Raises:
+        CheckpointError: if there is neither.
+    """
+    zoo = zoo_path(Path(path))
+    return load_voters(zoo) if zoo else load_meta(Path(path))
+
+
+def load_meta(path: Path) -> Meta:
     """The metanetwork of a run folder, or of a file; CheckpointError if there is none."""
-    network, layout, _ = load_metanetwork(metanetwork_path(Path(path)))
+    network, layout, _ = load_metanetwork(metanetwork_path(path))
     return Meta(network, layout)
+
+
+def load_voters(folder: Path) -> Voters:
+    """A zoo and the network that it was made from; CheckpointError if one is missing."""
+    zoo = Zoo.open(folder)
+    model = load_network(folder)
+    example = torch.zeros(1, *load_json(folder / NETWORK / "model.json")["input_shape"])
+    backbone = Backbone.of(model, example, only_inside=zoo.about.get("pruner") == "heads")
+    return Voters(Zoo.open(folder, backbone.about()), backbone)
+
+
+def load_network(zoo: Path) -> nn.Module:
+    """The network that a zoo's tasks share, kept beside them; CheckpointError if it is missing."""
+    folder = zoo / NETWORK
+    if not (folder / "model.json").is_file():
+        hint = "give a run folder of gmn meta-train, or its zoo"
+        raise CheckpointError("the zoo lacks its network", expected=str(folder), hint=hint)
+    return load_model(folder)
+
+
+def zoo_path(path: Path) -> Path | None:
+    """The zoo that a path means: itself, or `zoo` in a run folder; None if there is none."""
+    return next((folder for folder in (path, path / "zoo") if (folder / "index.sqlite").is_file()), None)
 
 
 def metanetwork_path(path: Path) -> Path:
     """The file of a metanetwork: the path itself, or `metanetwork.safetensors` in a run folder."""
     file = path / "metanetwork.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointError(
-            "no metanetwork here", expected="a run folder of gmn meta-train, or a .safetensors file", got=str(path)
-        )
+        expected = "a run folder of gmn meta-train, a zoo, or a .safetensors file"
+        raise CheckpointError("nothing learnt here", expected=expected, got=str(path))
     return file
 
 
@@ -64,8 +138,8 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     *,
-    meta: Meta | None = None,
-    speed_up: float = 2.0,
+    meta: Meta | Voters | None = None,
+    speed_up: float | None = None,
     finetune: Fit | None = None,
     data: Data | None = None,
     augment: Augment | None = None,
@@ -80,8 +154,9 @@ def prune(
     Args:
         model: Any network that `gmn.to_graph` takes.
         example_inputs: What the network is run on to follow its channels and to count its FLOPs.
-        meta: From `gmn.load`; None prunes directly.
-        speed_up: FLOPs before / FLOPs after.
+        meta: From `gmn.load`; None prunes directly. Of a zoo the tasks nearest to `data` vote on what stays of its
+            network, which must be the model given here.
+        speed_up: FLOPs before / FLOPs after; default 2. A zoo has its own ratio.
         finetune: The fine-tuning after the metanetwork and the one after pruning; needs `data`.
         data: From `gmn.load_data`; also recalibrates batch norms (on `recalibrate_images` images) and evaluates.
         augment: Random changes of the training images.
@@ -95,6 +170,9 @@ def prune(
     """
     if finetune is not None and data is None:
         raise PruningError("fine-tuning needs data", hint="pass data=gmn.load_data(...)")
+    if isinstance(meta, Voters):
+        return _elected(meta, model, example_inputs, data, speed_up, finetune=finetune, augment=augment, seed=seed)
+    speed_up = 2.0 if speed_up is None else speed_up
     if speed_up <= 1 or not 0 < max_ratio < 1:
         got = f"speed_up={speed_up:g}, max_ratio={max_ratio:g}"
         raise PruningError("nothing to aim at", expected="speed_up above 1, max_ratio between 0 and 1", got=got)
@@ -115,7 +193,23 @@ def prune(
     if data is not None:
         recalibrate(pruned.model, data.train, recalibrate_images, seed=seed)
     tune(pruned.model, "fine-tuning after pruning")
-    report = {"flops": pruned.after.flops, "parameters": pruned.after.parameters, "speed_up": pruned.speed_up}
+    return _result(pruned.model, pruned.before, example_inputs, data)
+
+
+def _elected(
+    voters: Voters, model: nn.Module, example_inputs: Any, data: Data | None, speed_up: float | None, **options: Any
+) -> Result:
+    if data is None or speed_up is not None:
+        got = "no data" if data is None else f"speed_up={speed_up:g}"
+        hint = f"the zoo decides how much goes: {voters.zoo.about['ratio']:.0%} of each layer's units"
+        raise PruningError("a zoo votes for a task", expected="data=, and no speed_up", got=got, hint=hint)
+    Zoo.open(voters.zoo.folder, Backbone.of(model, example_inputs).about())
+    return _result(voters.elect(data, **options), cost(model, example_inputs), example_inputs, data)
+
+
+def _result(model: nn.Module, before: Cost, example_inputs: Any, data: Data | None) -> Result:
+    after = cost(model, example_inputs)
+    report = {"flops": after.flops, "parameters": after.parameters, "speed_up": before.flops / after.flops}
     if data is not None:
-        report["validation_accuracy"] = evaluate(pruned.model, data.val).accuracy
-    return Result(pruned.model.eval(), report)
+        report["validation_accuracy"] = evaluate(model, data.val).accuracy
+    return Result(model.eval(), report)

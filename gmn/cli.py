@@ -50,20 +50,19 @@ def meta_train(
 @app.command(epilog="Example:  gmn prune my.yaml --meta runs/quickstart --set prune.speed_up=3")
 def prune(
     recipe: RecipeArgument,
-    meta: Annotated[Path, typer.Option("--meta", help="A run folder or a saved metanetwork.")],
+    meta: Annotated[Path, typer.Option("--meta", help="A run folder, a saved metanetwork or a zoo.")],
     overrides: SetOption = None,
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Prune the recipe's network with what was learnt in another run."""
-    from gmn import api, pipeline, report
+    from gmn import pipeline, report
     from gmn import recipe as recipes
 
     settings = recipes.load_recipe(recipe, overrides or ())
     folder = run or Path("runs") / f"{settings.name}-pruned"
-    path = api.metanetwork_path(meta)
-    report.show(pipeline.prune_recipe(settings, folder, path, resume=resume, overwrite=overwrite), folder)
+    report.show(pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite), folder)
 
 
 @app.command(epilog="Example:  gmn report runs/quickstart")
@@ -135,6 +134,24 @@ def convert(
     convert_cli.convert(model, output, choices, overwrite=overwrite)
 
 
+STUDY = "Examples:  gmn study iou runs/graph-mask-voting   |   gmn study neighbours RUN --neighbours 1,3,10"
+
+
+@app.command(epilog=STUDY)
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="iou, recall, neighbours, iterations or similarity.")],
+    run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")],
+    similarity: Annotated[str | None, typer.Option("--similarity", help="Default: the recipe's.")] = None,
+    targets: Annotated[int, typer.Option("--targets", min=1, help="At most so many tasks are averaged over.")] = 12,
+    neighbours: Annotated[str, typer.Option("--neighbours", help="Numbers of neighbours.")] = "1,3,5,10",
+    iterations: Annotated[str | None, typer.Option("--iterations", help="Numbers of steps.")] = None,
+) -> None:
+    """Study a finished vote run: what similar tasks share, and how the vote's accuracy depends on its settings."""
+    from gmn import study_cli
+
+    study_cli.study(name, run, similarity=similarity, targets=targets, neighbours=neighbours, iterations=iterations)
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Try gmn on many networks.")
 app.add_typer(bench_app, name="bench")
 BENCH = "Example:  gmn bench convert --suite timm --only swin   (results are kept: call it again to go on)"
@@ -193,6 +210,16 @@ def zoo_list(
     from gmn import zoo_cli
 
     zoo_cli.list_tasks(folder, label=label, split=split, status=status, sort=sort, limit=limit)
+
+
+@zoo_app.command(
+    "build", epilog="Example:  gmn zoo build runs/graph-mask-voting   (while gmn meta-train runs elsewhere)"
+)
+def zoo_build(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of a vote recipe.")]) -> None:
+    """Prune the tasks of a run's zoo that wait: beside the run itself, or after it was stopped."""
+    from gmn import pipeline
+
+    pipeline.build_zoo(run)
 
 
 @zoo_app.command("verify", epilog="Example:  gmn zoo verify zoo")

@@ -19,7 +19,7 @@ from torch import nn
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.costs import Cost, cost, latency
-from gmn.job import Job
+from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
 from gmn.ranking import mask_steps
@@ -31,7 +31,7 @@ CURVE_POINTS = 8
 CURVE_IMAGES = 2000
 
 
-def compare(job: Job, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | None = None) -> dict[str, Any]:
+def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | None = None) -> dict[str, Any]:
     """Run all rows for all seeds, measure, and save report.json; finished rows are not run again.
 
     Args:
@@ -65,13 +65,19 @@ def compare(job: Job, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | 
     return report
 
 
-def _initial(job: Job) -> bool:
+def _initial(job: MetaJob) -> bool:
     settings = job.recipe.data_models
     return settings.initial_speed_up > 1 or settings.initial_fit is not None
 
 
 def _row(
-    job: Job, row: str, seed: int, base: nn.Module, start: nn.Module, metanetwork: MetaNetwork | None, layout: Layout
+    job: MetaJob,
+    row: str,
+    seed: int,
+    base: nn.Module,
+    start: nn.Module,
+    metanetwork: MetaNetwork | None,
+    layout: Layout,
 ) -> dict[str, Any]:
     """One finished network: its validation and test accuracy, and its cost."""
     folder = job.run.folder / "models" / f"{row}-seed{seed}"
@@ -98,7 +104,7 @@ def _row(
     return {key: value for key, value in content.items() if key not in ("network", "format", "input_shape")}
 
 
-def _measure(job: Job, model: nn.Module, before: Cost) -> dict[str, float]:
+def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:
     after = cost(model, job.example)
     return {
         "validation_accuracy": evaluate(model, job.data.val).accuracy,
@@ -109,27 +115,31 @@ def _measure(job: Job, model: nn.Module, before: Cost) -> dict[str, float]:
     }
 
 
-def _images(job: Job, settings: Fit | None) -> int:
+def _images(job: MetaJob, settings: Fit | None) -> int:
     available = len(job.data.train)
+    if settings and settings.iterations:
+        return settings.iterations * min(settings.batch_size, available)
     return settings.epochs * min(settings.images_per_epoch or available, available) if settings else 0
 
 
-def _budget(job: Job) -> int:
+def _budget(job: MetaJob) -> int:
     """Images that every row sees in fine-tuning."""
     recipe = job.recipe
     fits = (recipe.data_models.initial_fit, recipe.finetune.after_meta, recipe.finetune.after_prune)
     return sum(_images(job, settings) for settings in fits)
 
 
-def _merged(job: Job) -> Fit:
+def _merged(job: MetaJob) -> Fit:
     """The whole budget as one fine-tuning: the last one's, with more epochs before its first milestone."""
     last = job.recipe.finetune.after_prune
+    if last.iterations:
+        return last.model_copy(update={"iterations": math.ceil(_budget(job) * last.iterations / _images(job, last))})
     epochs = math.ceil(_budget(job) / (_images(job, last) / last.epochs))  # a baseline never gets less
     shift = epochs - last.epochs
     return last.model_copy(update={"epochs": epochs, "milestones": [m + shift for m in last.milestones]})
 
 
-def _latency(job: Job, base: nn.Module, rows: list[str]) -> dict[str, float]:
+def _latency(job: MetaJob, base: nn.Module, rows: list[str]) -> dict[str, float]:
     """Milliseconds per batch, the networks taking turns."""
     names = ["base", *rows]
     models = [base, *(load_model(job.run.folder / "models" / f"{row}-seed0").to(job.device) for row in rows)]
@@ -138,7 +148,7 @@ def _latency(job: Job, base: nn.Module, rows: list[str]) -> dict[str, float]:
 
 
 def _curve(
-    job: Job, base: nn.Module, start: nn.Module, metanetworks: dict[str, MetaNetwork | None], layout: Layout
+    job: MetaJob, base: nn.Module, start: nn.Module, metanetworks: dict[str, MetaNetwork | None], layout: Layout
 ) -> dict[str, list[tuple[float, float]]]:
     """Validation accuracy against speed-up, without fine-tuning, batch norms recalibrated."""
     curve: dict[str, list[tuple[float, float]]] = {}
@@ -149,7 +159,7 @@ def _curve(
     return curve
 
 
-def _curve_of(job: Job, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
+def _curve_of(job: MetaJob, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
     graph = job.graph(model)
     coupled = settled(model, graph.spec, job.example)
     masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, job.recipe.prune, job.recipe.criterion))

@@ -42,6 +42,11 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     return Cost(float(flops) / batch, sum(p.numel() for p in model.parameters()))
 
 
+def training_flops(model: nn.Module, example_inputs: Any, images: int) -> float:
+    """FLOPs of training on so many images: a forward pass, and a backward pass that costs two of them."""
+    return 3 * images * cost(model, example_inputs).flops
+
+
 def latency(models: Sequence[nn.Module], batch: torch.Tensor, *, rounds: int = 15, warmup: int = 2) -> list[float]:
     """Seconds per forward pass of each model: median over rounds in which the models take turns.
 

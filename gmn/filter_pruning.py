@@ -18,36 +18,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmn.convert import to_graph
+from gmn.costs import training_flops
 from gmn.criteria import Importance
-from gmn.data import Split
+from gmn.data import Augment, Split
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask
 from gmn.ranking import nothing_to_prune
-from gmn.settings import FilterPruning, Fit
+from gmn.settings import Fit
+from gmn.settings_vote import FilterPruning
 from gmn.surgery import remove, settled
+from gmn.tasks import head_of
 from gmn.trace import clone, evaluation
 from gmn.training import fit
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A network cut for a task, and the nodes of the original network that it kept."""
+    """A network cut for a task, the nodes of the original network that it kept, and what that cost in FLOPs."""
 
     model: nn.Module
     keep: KeepMask
+    training_flops: float
 
 
 def filter_prune(
-    model: nn.Module, split: Split, config: FilterPruning, example_inputs: Any, *, seed: int = 0
+    model: nn.Module,
+    split: Split,
+    config: FilterPruning,
+    example_inputs: Any,
+    *,
+    ratio: float,
+    seed: int = 0,
+    augment: Augment | None = None,
 ) -> Shrunk:
     """Fine-tune a network on a task's images while its least active units are dropped; the network is not changed.
 
     Args:
         model: The pre-trained network with a head for the task.
         split: The task's training images.
-        config: Ratio, iterations and scores.
+        config: Iterations and scores.
         example_inputs: For the graph.
+        ratio: Share of each layer's units that goes.
         seed: Of the order of the images.
+        augment: Random changes of the images in training.
 
     Raises:
         PruningError: if nothing can be removed.
@@ -57,25 +70,60 @@ def filter_prune(
     coupled = settled(model, spec, example_inputs)
     if not bool(coupled.prunable.any()):
         raise nothing_to_prune(coupled)
-    floor = coupled.left_after(config.ratio)
+    floor = coupled.left_after(ratio)
     nodes = torch.arange(spec.num_nodes)  # of the original network, those that are left
     rounds = max(1, config.iterations // config.interval)
-    share = 1 - (1 - config.ratio) ** (1 / rounds)
+    share = 1 - (1 - ratio) ** (1 / rounds)
     current = clone(model)
-    for number in range(rounds):
-        _iterate(current, split, config, config.interval, seed * 1009 + number)
+    stages = _Stages(split, config, example_inputs, seed * 1009, augment)
+    stages.train_head(current, head_of(spec), config.head_iterations)
+    for _ in range(rounds):
+        stages.train(current, config.interval)
         spec_now = to_graph(current, example_inputs).spec
         left = _restrict(coupled, nodes)
         keep = _weakest_dropped(_scores(current, spec_now, left, split, config), left, floor, share)
+        stages.count_scores(current)
         mask = KeepMask(left.nodes(keep))
         current = remove(current, spec_now, mask, example_inputs, coupled=left)
         nodes = nodes[mask.keep]
-    _iterate(current, split, config, config.iterations - rounds * config.interval, seed * 1009 + rounds)
-    if config.final_epochs:
-        fit(current, split, _fit(config, config.final_epochs, len(split)), seed=seed * 1009 + rounds + 1, title="final")
+    stages.train(current, config.iterations - rounds * config.interval + config.final_iterations)
     kept = torch.zeros(spec.num_nodes, dtype=torch.bool)
     kept[nodes] = True
-    return Shrunk(current, KeepMask(kept).validate(spec, coupled))
+    return Shrunk(current, KeepMask(kept).validate(spec, coupled), stages.flops)
+
+
+class _Stages:
+    """The trainings between the rounds, each with a seed of its own, and the FLOPs of them all."""
+
+    def __init__(
+        self, split: Split, config: FilterPruning, example_inputs: Any, seed: int, augment: Augment | None = None
+    ) -> None:
+        self.split, self.config, self.example, self.seed, self.augment = split, config, example_inputs, seed, augment
+        self.flops = 0.0
+
+    def train(self, model: nn.Module, iterations: int) -> None:
+        """So many steps on all parameters that may change."""
+        config = self.config
+        if iterations > 0:
+            steps = Fit(epochs=1, iterations=iterations, lr=config.lr, batch_size=config.batch_size, bf16=config.bf16)
+            fit(model, self.split, steps, seed=self.seed, augment=self.augment, title="filter pruning")
+            self.flops += training_flops(model, self.example, iterations * min(config.batch_size, len(self.split)))
+        self.seed += 1
+
+    def train_head(self, model: nn.Module, head: str, iterations: int) -> None:
+        """So many steps on the head alone."""
+        wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[0] == head)
+        self.train(model, iterations)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+
+    def count_scores(self, model: nn.Module) -> None:
+        """The passes over the images for the scores: forward only, or forward and backward."""
+        images = min(self.config.score_images, len(self.split))
+        flops = training_flops(model, self.example, images)
+        self.flops += flops if self.config.score == "taylor" else flops / 3
 
 
 def _restrict(coupled: Couplings, nodes: Tensor) -> Couplings:
@@ -92,19 +140,6 @@ def _weakest_dropped(scores: Tensor, coupled: Couplings, floor: Tensor, share: f
         count = min(round(share * len(members)), len(members) - int(floor[g]))
         keep[members[scores[members].argsort()[: max(count, 0)]]] = False
     return keep
-
-
-def _iterate(model: nn.Module, split: Split, config: FilterPruning, iterations: int, seed: int) -> None:
-    """So many steps of SGD, over as many passes as that takes."""
-    size = min(config.batch_size, len(split))
-    steps = len(split) // size
-    for epochs, per_epoch in ((iterations // steps, steps), (1, iterations % steps)):
-        if epochs and per_epoch:
-            fit(model, split, _fit(config, epochs, per_epoch * size), seed=seed, title="filter pruning")
-
-
-def _fit(config: FilterPruning, epochs: int, images: int) -> Fit:
-    return Fit(epochs=epochs, lr=config.lr, batch_size=config.batch_size, images_per_epoch=images)
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ graph alone.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,22 @@ def couplings(spec: GraphSpec) -> Couplings:
     owner = torch.searchsorted(starts, _first(group, first_node), right=True) - 1
     names = tuple(spec.groups[index].name for index in owner.tolist())
     return Couplings(channel, group, names, _frozen(spec, channel, group))
+
+
+def inside(spec: GraphSpec, coupled: Couplings) -> Couplings:
+    """The couplings with every group frozen that spans several layers, so that only units inside a block are left.
+
+    A residual joins the layers that write to it; attention heads and the nodes of an MLP are made by one layer.
+
+    Args:
+        spec: The graph's structure.
+        coupled: Its couplings; what they freeze keeps its reason.
+    """
+    group = coupled.group[coupled.channel]
+    layer = torch.cat([torch.full((node_group.size,), i) for i, node_group in enumerate(spec.groups)])
+    layers = torch.bincount(torch.stack([group, layer]).unique(dim=1)[0])
+    streams = dict.fromkeys((layers > 1).nonzero().flatten().tolist(), "residual stream")
+    return dataclasses.replace(coupled, frozen={**streams, **coupled.frozen})
 
 
 def _first(index: Tensor, nodes: Tensor) -> Tensor:

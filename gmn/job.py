@@ -1,48 +1,28 @@
-"""A recipe at work in a run folder: the data, the networks and the metanetwork, each made once and kept."""
+"""A recipe at work in a run folder: the data and the networks, each made once and kept."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from gmn.builder import Layout
-from gmn.checkpoint import (
-    load_metanetwork,
-    load_model,
-    optimizer_tensors,
-    restore_optimizer,
-    save_metanetwork,
-    save_model,
-)
-from gmn.convert import layouts, to_graph, to_model
-from gmn.costs import Cost, cost
-from gmn.criteria import Importance
+from gmn.checkpoint import load_model, save_model
 from gmn.data import Augment, Data, load_data
 from gmn.errors import GmnError
-from gmn.graph import NetworkGraph
-from gmn.groups import couplings
-from gmn.meta_train import DataModel, train_metanetwork
-from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
-from gmn.ranking import Pruned, prune_to
 from gmn.run import Run
-from gmn.settings import Recipe
-from gmn.trace import clone
-from gmn.training import evaluate, fit, make_optimizer, recalibrate
+from gmn.settings import Common
+from gmn.training import evaluate, fit
 
 
 class Job:
-    """A recipe at work in a run folder: the data, and the networks it makes on the way."""
+    """A recipe of any method at work in a run folder: the data, and the networks it makes on the way."""
 
-    def __init__(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> None:
-        self.recipe, self.run = recipe, run
+    def __init__(self, recipe: Common, run: Run) -> None:
+        self.common, self.run = recipe, run
         self.device = choose_device(recipe.device)
         settings = recipe.data.model_dump(exclude={"augment"})
         with track(f"loading {recipe.data.name}", 1):
@@ -55,31 +35,10 @@ class Job:
             "in_channels": self.data.input_shape[0],
             "options": recipe.network.options,
         }
-        preset = layouts()[recipe.graph.layout]
-        choices = recipe.graph.model_dump(include={"kernels", "identities"}, exclude_none=True)
-        self.layout: Layout = dataclasses.replace(preset, **choices)
-        self._rehearse(learnt)
-        run.start()
-
-    def graph(self, model: nn.Module, layout: Layout | None = None) -> NetworkGraph:
-        """The graph of a network, in the recipe's layout or another one."""
-        return to_graph(model, self.example, layout=layout or self.layout, on_unknown=self.recipe.graph.on_unknown)
-
-    def _rehearse(self, learnt: tuple[MetaNetwork, Layout] | None) -> None:
-        """Build, convert, prune, and meet the metanetwork once, before hours of training end in an error."""
-        model = self.built(0)
-        before = cost(model, self.example)
-        if learnt:
-            learnt[0].check(self.graph(model, learnt[1]).spec)
-        if self.recipe.data_models.initial_speed_up > 1:
-            model = self._cut(model, self.recipe.data_models.initial_speed_up).model
-        self._cut(model, self.recipe.prune.speed_up, before)
-
-    # -- networks ------------------------------------------------------------------------------------------------------
 
     def seed(self, index: int) -> int:
         """The seed of network `index`."""
-        return self.recipe.seed * 1000 + index
+        return self.common.seed * 1000 + index
 
     def keep(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         """The network saved under this name in the run folder; made and saved if it is not there yet."""
@@ -97,142 +56,14 @@ class Job:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed(index))
             model = build_network(**self.source).to(self.device)
-        if self.recipe.network.weights:
-            load_weights(model, self.recipe.network.weights)
+        if self.common.network.weights:
+            load_weights(model, self.common.network.weights)
         return model.eval()
-
-    def trained(self, index: int) -> nn.Module:
-        """Network `index`, trained if the recipe says so."""
-        model = self.built(index)
-        if self.recipe.data_models.fit:
-            self.fit(model, self.recipe.data_models.fit, index, f"training network {index}")
-        return model
-
-    def initially_pruned(self, model: nn.Module, index: int) -> nn.Module:
-        """The network after its initial pruning and fine-tuning, if the recipe has them."""
-        settings, model = self.recipe.data_models, clone(model)
-        if settings.initial_speed_up > 1:
-            model = self.prune(model, settings.initial_speed_up).model
-        if settings.initial_fit:
-            self.fit(model, settings.initial_fit, index, f"initial fine-tuning of network {index}")
-        return model.eval()
-
-    def data_model(self, index: int) -> nn.Module:
-        """A network for the metanetwork to learn on."""
-        return self.keep(f"data-models/{index}", lambda: self.initially_pruned(self.trained(index), index))
 
     def fit(self, model: nn.Module, settings: Any, index: int, title: str) -> None:
         """Train in place with the recipe's augmentation."""
         log = self.run.logger("fit", title=title)
         fit(model, self.data.train, settings, seed=self.seed(index), augment=self.augment, title=title, log=log)
-
-    def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
-        settings = self.recipe.prune.model_copy(update={"speed_up": speed_up})
-        return prune_to(model, self.graph(model), self.example, settings, self.recipe.criterion, before=before)
-
-    def prune(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
-        """Prune to a speed-up and recompute the batch norms' statistics."""
-        pruned = self._cut(model, speed_up, before)
-        recalibrate(pruned.model, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
-        return pruned
-
-    # -- the metanetwork -----------------------------------------------------------------------------------------------
-
-    def subject(self, model: nn.Module) -> DataModel:
-        """A data model with its graph and its scores' bookkeeping."""
-        graph = self.graph(model)
-        importance = Importance(graph.spec, couplings(graph.spec), self.recipe.criterion)
-        return DataModel(model, graph, importance)
-
-    def checkpoint(self, epoch: int) -> Path:
-        """Where the metanetwork of an epoch is saved."""
-        return self.run.folder / "checkpoints" / f"epoch-{epoch:03d}.safetensors"
-
-    def learn(self, subjects: list[DataModel]) -> None:
-        """Meta-train; one checkpoint per epoch, from the last of which a stopped run goes on."""
-        settings = self.recipe.meta_train
-        done = max((epoch for epoch in range(1, settings.epochs + 1) if self.checkpoint(epoch).is_file()), default=0)
-        if done == settings.epochs:
-            return
-        metanetwork = self.new_metanetwork(subjects).train()
-        optimizer = make_optimizer(metanetwork, settings)
-        if done:
-            saved, _, tensors = load_metanetwork(self.checkpoint(done))
-            metanetwork.load_state_dict(saved.state_dict())
-            restore_optimizer(optimizer, tensors)
-            say(f"meta-training goes on after epoch {done}")
-
-        def save(epoch: int, optimizer: Optimizer) -> None:
-            state = optimizer_tensors(optimizer)
-            save_metanetwork(self.checkpoint(epoch + 1), metanetwork, self.layout, **state)
-
-        train_metanetwork(
-            metanetwork,
-            subjects,
-            self.data.train,
-            settings,
-            seed=self.recipe.seed,
-            augment=self.augment,
-            start=done,
-            optimizer=optimizer,
-            log=self.run.logger("meta-train"),
-            after_epoch=save,
-        )
-
-    def new_metanetwork(self, subjects: list[DataModel]) -> MetaNetwork:
-        """An untrained metanetwork with an encoder for every kind of edge in the data models."""
-        kinds: dict[str, int] = {}
-        for subject in subjects:
-            kinds |= subject.graph.spec.edge_kinds
-        size = self.recipe.metanetwork.model_dump()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed)
-            network = MetaNetwork(MetaNetworkConfig(len(self.layout.columns), kinds, **size))
-        return network.to(self.device)
-
-    def select(self, judges: list[DataModel]) -> tuple[MetaNetwork, Layout]:
-        """The checkpoint whose networks have the best validation accuracy when pruned, before the last fine-tuning.
-
-        Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.
-        """
-        target = self.run.folder / "metanetwork.safetensors"
-        if not target.is_file():
-            scores: dict[int, float] = {}
-            epochs = range(self.recipe.meta_train.epochs + 1)
-            with track("choosing the checkpoint", len(epochs)) as advance:
-                for epoch in epochs:
-                    scores[epoch] = self.judge(epoch, judges)
-                    self.run.log("select", epoch=epoch, validation_accuracy=scores[epoch])
-                    advance(f"epoch {epoch}: {scores[epoch]:.1%}")
-            best = max(list(epochs)[1:], key=lambda epoch: scores[epoch])
-            say(
-                f"checkpoint {best}: {scores[best]:.2%} after pruning, without metanetwork {scores[0]:.2%} (validation)"
-            )
-            metanetwork, layout, _ = load_metanetwork(self.checkpoint(best))
-            save_metanetwork(target, metanetwork, layout)
-        metanetwork, layout, _ = load_metanetwork(target)
-        return metanetwork.to(self.device), layout
-
-    def judge(self, epoch: int, judges: list[DataModel]) -> float:
-        """Mean validation accuracy of the judges: rewritten by a checkpoint, fine-tuned as the recipe says, pruned."""
-        metanetwork = load_metanetwork(self.checkpoint(epoch))[0].to(self.device) if epoch else None
-        accuracies = []
-        for judge in judges:
-            model = self.rewrite(judge.model, metanetwork, self.layout)
-            if self.recipe.finetune.after_meta:
-                self.fit(model, self.recipe.finetune.after_meta, 400, f"fine-tuning after checkpoint {epoch}")
-            reference = self.recipe.prune.speed_up / self.recipe.data_models.initial_speed_up
-            pruned = self.prune(model, max(reference, 1.01)).model
-            accuracies.append(evaluate(pruned, self.data.val).accuracy)
-        return sum(accuracies) / len(accuracies)
-
-    def rewrite(self, model: nn.Module, metanetwork: MetaNetwork | None, layout: Layout) -> nn.Module:
-        """Network -> graph -> metanetwork -> graph -> network; the batch norms keep their running statistics."""
-        graph = self.graph(model, layout)
-        if metanetwork is not None:
-            with torch.no_grad():
-                graph = metanetwork(graph)
-        return to_model(graph)
 
 
 def choose_device(name: str) -> torch.device:

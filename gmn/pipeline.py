@@ -1,7 +1,9 @@
-"""The story of the whole program: what `gmn meta-train` and `gmn prune` do, step by step.
+"""The story of the whole program: what `gmn meta-train` and `gmn prune` do, step by step, for both methods.
 
-data models --meta-train--> checkpoints --select on validation--> metanetwork
-network --[initial pruning]--> graph --metanetwork--> graph --> network' --fine-tune--> prune --fine-tune--> report
+metanetwork:  data models --meta-train--> checkpoints --select on validation--> metanetwork
+              network --[initial pruning]--> graph --metanetwork--> graph --> network' --fine-tune--> prune --fine-tune
+vote:         network + tasks --prune for each--> zoo of masks and weights
+              new task --nearest tasks of the zoo--> vote --> sub-network --fine-tune
 """
 
 from __future__ import annotations
@@ -9,21 +11,68 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gmn.api import metanetwork_path, zoo_path
 from gmn.checkpoint import load_metanetwork
 from gmn.compare import compare
-from gmn.job import Job
-from gmn.recipe import dump_recipe
-from gmn.run import Run
+from gmn.errors import RecipeError
+from gmn.meta_job import MetaJob
+from gmn.recipe import AnyRecipe, dump_recipe, load_recipe
+from gmn.run import Run, open_run
 from gmn.settings import Recipe
+from gmn.settings_vote import VoteRecipe
+from gmn.vote_compare import compare_votes
+from gmn.vote_job import VoteJob
+
+Report = dict[str, Any]
 
 
-def meta_train(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Learn a metanetwork, then prune a network with it and without it; returns the report.
+def meta_train(recipe: AnyRecipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Report:
+    """Learn what the recipe says, a metanetwork or a zoo, and prune with it and without it; returns the report.
 
     Everything finished is kept in the run folder, so that `resume` goes on where a run stopped.
     """
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    job = Job(recipe, run)
+    return _learn_votes(recipe, run) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
+
+
+def prune_recipe(
+    recipe: AnyRecipe, folder: Path, meta: Path, *, resume: bool = False, overwrite: bool = False
+) -> Report:
+    """Prune the recipe's network with what was learnt in another run; returns the report.
+
+    Raises:
+        GmnError: if what was learnt is of the other method, or does not fit the network.
+    """
+    zoo = zoo_path(meta)
+    if (zoo is not None) != isinstance(recipe, VoteRecipe):
+        expected = "a recipe with `method: vote`" if zoo else "a recipe with `method: metanetwork`"
+        raise RecipeError(f"{meta} and the recipe are of different methods", expected=expected, got=recipe.method)
+    if isinstance(recipe, VoteRecipe):
+        run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
+        return compare_votes(VoteJob(recipe, run, zoo))
+    path = metanetwork_path(meta)
+    metanetwork, layout, _ = load_metanetwork(path)
+    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
+    job = MetaJob(recipe, run, (metanetwork, layout))
+    run.adopt(path)
+    return compare(job, metanetwork.to(job.device), layout)
+
+
+def build_zoo(folder: Path) -> None:
+    """Prune planned tasks of a vote run's zoo, beside other processes; the run's own recipe says how."""
+    reopened(folder).build()
+
+
+def reopened(folder: Path) -> VoteJob:
+    """A vote run that is there, to go on with; RecipeError if it is a run of the other method."""
+    recipe = load_recipe(open_run(folder) / "recipe.yaml")
+    if not isinstance(recipe, VoteRecipe):
+        raise RecipeError("the run has no zoo", expected="a run of a recipe with `method: vote`", got=str(folder))
+    return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
+
+
+def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:
+    job = MetaJob(recipe, run)
     models = [job.data_model(index) for index in range(recipe.data_models.train + recipe.data_models.val)]
     learners, judges = models[: recipe.data_models.train], models[recipe.data_models.train :]
     job.learn([job.subject(model) for model in learners])
@@ -32,12 +81,7 @@ def meta_train(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite:
     return compare(job, metanetwork, layout, seen=recipe.data_models.fit is None)
 
 
-def prune_recipe(
-    recipe: Recipe, folder: Path, meta: Path, *, resume: bool = False, overwrite: bool = False
-) -> dict[str, Any]:
-    """Prune the recipe's network with a saved metanetwork; returns the report."""
-    metanetwork, layout, _ = load_metanetwork(meta)
-    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    job = Job(recipe, run, (metanetwork, layout))
-    run.adopt(meta)
-    return compare(job, metanetwork.to(job.device), layout)
+def _learn_votes(recipe: VoteRecipe, run: Run) -> Report:
+    job = VoteJob(recipe, run)
+    job.build()
+    return compare_votes(job)

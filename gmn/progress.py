@@ -21,25 +21,30 @@ console = Console(stderr=True)
 
 
 _active: list[Progress] = []  # the bar on the terminal, if there is one: rich allows one at a time
+_titles: list[str] = []  # the tasks that are under way, the outermost first
 
 
 @contextmanager
 def track(title: str, total: int) -> Iterator[Advance]:
     """Follow a task of `total` steps; call what it yields after each step, with a short note (such as the loss).
 
-    A task inside another one gets a second row of the same bar.
+    A task inside another one gets a second row of the same bar; without a terminal it says nothing.
     """
     start, note = time.perf_counter(), ""
-    with _bar(title, total) if console.is_terminal else _lines(title, total) as show:
+    _titles.append(title)
+    try:
+        with _bar(title, total) if console.is_terminal else _lines(title, total) as show:
 
-        def advance(text: str = "") -> None:
-            nonlocal note
-            note = text or note
-            show(note)
+            def advance(text: str = "") -> None:
+                nonlocal note
+                note = text or note
+                show(note)
 
-        yield advance
+            yield advance
+    finally:
+        _titles.pop()
     seconds = time.perf_counter() - start
-    if seconds >= WORTH_A_LINE:
+    if seconds >= WORTH_A_LINE and not _titles:
         say(f"{title}: {seconds:.1f} s" + (f", {note}" if note else ""))
 
 
@@ -68,7 +73,7 @@ def _lines(title: str, total: int) -> Iterator[Advance]:
     def advance(note: str) -> None:
         nonlocal done, last
         done, now = done + 1, time.perf_counter()
-        if now - last > LINE_EVERY:
+        if now - last > LINE_EVERY and len(_titles) == 1:
             last, left = now, (now - start) / done * (total - done)
             say(f"{title}: {done}/{total}, {left:.0f} s left, {note}")
 

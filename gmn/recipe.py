@@ -15,19 +15,23 @@ from pydantic import BaseModel, ValidationError
 
 from gmn.errors import RecipeError
 from gmn.settings import Recipe
+from gmn.settings_vote import VoteRecipe
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
     from pydantic_core import ErrorDetails
 
-__all__ = ["Recipe", "builtin_recipes", "dump_recipe", "load_recipe", "read_value"]
+__all__ = ["AnyRecipe", "Recipe", "VoteRecipe", "builtin_recipes", "dump_recipe", "load_recipe", "read_value"]
+
+AnyRecipe = Recipe | VoteRecipe
+METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe}
 
 Key = tuple[int | str, ...]
 Places = dict[Key, str]  # where each key was written: "my.yaml:12", or "--set a.b=3"
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe from a file, or a built-in one by its name.
 
     A file of that name goes before a built-in recipe. Relative paths inside a recipe stay as
@@ -40,8 +44,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: On anything wrong, with file and line.
 
-    >>> load_recipe("quickstart", ["prune.speed_up=2.5"]).prune.speed_up
-    2.5
+    >>> load_recipe("quickstart", ["seed=25"]).seed
+    25
     """
     text, shown, stem = _find(str(source))
     content, places = _parse(text, shown)
@@ -50,10 +54,14 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(content, places, override)
     content.setdefault("name", stem)
+    kind = METHODS.get(method) if isinstance(method := content.get("method", "metanetwork"), str) else None
+    if kind is None:
+        expected, where = f"one of {', '.join(METHODS)}", places[("method",)]
+        raise RecipeError("unknown method", expected=expected, got=reprlib.repr(method), where=where)
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise _explain(error.errors(), places) from None
+        raise _explain(error.errors(), places, kind) from None
 
 
 def builtin_recipes() -> list[str]:
@@ -65,7 +73,7 @@ def builtin_recipes() -> list[str]:
     return sorted(_builtins(resources.files("gmn.recipes")))
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: AnyRecipe) -> str:
     """Write a recipe as YAML that loads back to an equal recipe, every default spelled out.
 
     >>> "speed_up: 2.5" in dump_recipe(load_recipe("quickstart", ["prune.speed_up=2.5"]))
@@ -193,18 +201,18 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
 # Errors
 
 
-def _explain(errors: Sequence[ErrorDetails], places: Places) -> RecipeError:
+def _explain(errors: Sequence[ErrorDetails], places: Places, kind: type[BaseModel]) -> RecipeError:
     """Turn what pydantic found into one line; unknown keys first, they often cause the rest."""
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
     explain = {"extra_forbidden": _unknown, "missing": _missing, "value_error": _rejected}
-    error = explain.get(first["type"], _wrong_value)(first, places)
+    error = explain.get(first["type"], _wrong_value)(first, places, kind)
     more = len(errors) - 1
     return RecipeError(f"{error} (and {more} more)") if more else error
 
 
-def _unknown(error: ErrorDetails, places: Places) -> RecipeError:
+def _unknown(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
     *parents, name = error["loc"]
-    keys = list(_section(parents).model_fields)
+    keys = list(_section(parents, kind).model_fields)
     near = difflib.get_close_matches(str(name), keys, n=1)
     return RecipeError(
         f"unknown key {name!r}",
@@ -214,20 +222,20 @@ def _unknown(error: ErrorDetails, places: Places) -> RecipeError:
     )
 
 
-def _missing(error: ErrorDetails, places: Places) -> RecipeError:
+def _missing(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
     *parents, name = error["loc"]
-    meaning = _section(parents).model_fields[str(name)].description
+    meaning = _section(parents, kind).model_fields[str(name)].description
     where = _inside(_place(parents, places), parents)
     return RecipeError(f"missing key {name!r}", expected=meaning, where=where)
 
 
-def _rejected(error: ErrorDetails, places: Places) -> RecipeError:
+def _rejected(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
     name = _dotted(error["loc"]) or "recipe"
     text = error["msg"].removeprefix("Value error, ")
     return RecipeError(f"bad {name!r}: {text}", where=_place(error["loc"], places))
 
 
-def _wrong_value(error: ErrorDetails, places: Places) -> RecipeError:
+def _wrong_value(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
     wanted = re.sub(r"^.* should (be )?|^Value ", "", error["msg"])
     if error["type"] in ("model_type", "dict_type"):
         wanted = "a mapping of keys"
@@ -245,9 +253,8 @@ def _place(key: Sequence[int | str], places: Places) -> str:
     return next(places[prefix] for prefix in found if prefix in places)
 
 
-def _section(key: Sequence[int | str]) -> type[BaseModel]:
+def _section(key: Sequence[int | str], model: type[BaseModel]) -> type[BaseModel]:
     """The model that reads the section at this key."""
-    model: type[BaseModel] = Recipe
     for name in key:
         kind = model.model_fields[str(name)].annotation
         model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))

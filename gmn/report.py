@@ -75,9 +75,13 @@ def human(value: float) -> str:
 
 
 def show(report: dict[str, Any], folder: Path, console: Console | None = None) -> None:
-    """Print the table and draw the plots."""
+    """Print the table and draw the plots, of a run of either method."""
+    from gmn import vote_report
     from gmn.plots import draw  # matplotlib takes a second to import
 
+    if report.get("method") == "vote":
+        vote_report.show(report, folder, console)
+        return
     console = console or Console()
     console.print(table(report))
     paths = draw(report, folder / "plots")

@@ -82,6 +82,7 @@ class Fit(Section):
     """An ordinary training or fine-tuning."""
 
     epochs: int = Field(ge=1, description="passes over the training images")
+    iterations: int | None = Field(default=None, ge=1, description="steps in all, in place of epochs")
     lr: float = Field(gt=0, description="learning rate at the start")
     optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="what takes the steps")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
@@ -95,6 +96,17 @@ class Fit(Section):
     images_per_epoch: int | None = Field(default=None, ge=1, description="shorter epochs; null: all images")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
     bf16: bool = Field(default=False, description="forward pass in bfloat16")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _iterations_or_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("iterations") is not None:
+            if values.get("epochs", 1) != 1 or values.get("milestones") or values.get("images_per_epoch"):
+                raise ValueError(
+                    "iterations stand in place of epochs, milestones and images_per_epoch: give one or the other"
+                )
+            return {**values, "epochs": 1}
+        return values
 
     @model_validator(mode="after")
     def _milestones_in_reach(self) -> Fit:
@@ -172,19 +184,6 @@ class Criterion(Section):
     alpha: float = Field(default=4.0, ge=0, description="extra weight on what is small already; 0: off")
 
 
-class FilterPruning(Section):
-    """Iterative filter pruning on a task; the numbers of the MVP papers are the defaults."""
-
-    ratio: float = Field(default=0.9, gt=0, lt=1, description="share of each layer's units that goes")
-    iterations: int = Field(default=1000, ge=1, description="steps of SGD in all")
-    interval: int = Field(default=50, ge=1, description="steps between two rounds of dropping")
-    score: Literal["activation", "taylor"] = Field(default="activation", description="what makes a unit matter")
-    score_images: int = Field(default=1000, ge=1, description="training images that the scores are computed from")
-    lr: float = Field(default=0.005, gt=0, description="learning rate")
-    batch_size: int = Field(default=128, ge=1, description="images per step")
-    final_epochs: int = Field(default=1, ge=0, description="passes over the task's images after the last round")
-
-
 class Prune(Section):
     """The removal of channels."""
 
@@ -215,23 +214,15 @@ class Report(Section):
     latency_batch: int = Field(default=32, ge=1, description="images per batch when measuring time")
 
 
-class Recipe(Section):
-    """Everything that decides a run: data, network, metanetwork, pruning, report."""
+class Common(Section):
+    """What recipes of every method have."""
 
     name: str = Field(min_length=1, description="title of the run; default: the file's stem")
-    method: Literal["metanetwork"] = Field(default="metanetwork", description="pruning method")
     seed: int = Field(default=0, ge=0, description="seed of everything random")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     data: Data = Field(description="the images")
     network: Network = Field(description="the network to make smaller")
-    data_models: DataModels = Field(default_factory=DataModels, description="networks to learn on")
     graph: Graph = Field(default_factory=Graph, description="how a network becomes a graph")
-    metanetwork: MetaNetwork = Field(default_factory=MetaNetwork, description="what rewrites weights")
-    meta_train: MetaTrain = Field(description="the training of the metanetwork")
-    criterion: Criterion = Field(default_factory=Criterion, description="importance of a channel")
-    prune: Prune = Field(default_factory=Prune, description="the removal of channels")
-    finetune: Finetune = Field(description="the trainings around the pruning")
-    report: Report = Field(default_factory=Report, description="comparisons and repetitions")
 
     @field_validator("device")
     @classmethod
@@ -239,6 +230,19 @@ class Recipe(Section):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             raise ValueError(f"expected auto, cpu, cuda or cuda:N; got {value!r}")
         return value
+
+
+class Recipe(Common):
+    """Everything that decides a run with a metanetwork: data, network, metanetwork, pruning, report."""
+
+    method: Literal["metanetwork"] = Field(default="metanetwork", description="pruning method")
+    data_models: DataModels = Field(default_factory=DataModels, description="networks to learn on")
+    metanetwork: MetaNetwork = Field(default_factory=MetaNetwork, description="what rewrites weights")
+    meta_train: MetaTrain = Field(description="the training of the metanetwork")
+    criterion: Criterion = Field(default_factory=Criterion, description="importance of a channel")
+    prune: Prune = Field(default_factory=Prune, description="the removal of channels")
+    finetune: Finetune = Field(description="the trainings around the pruning")
+    report: Report = Field(default_factory=Report, description="comparisons and repetitions")
 
     @model_validator(mode="after")
     def _something_trains(self) -> Recipe:

@@ -74,6 +74,8 @@ class Similarity(ABC):
     """A measure of how near two tasks are; `register_similarity` gives it its name."""
 
     name: ClassVar[str] = ""
+    reads_images: ClassVar[bool] = True
+    """Whether it compares prototypes, labels or predictions; if not, names are all it gets, and the search is quick."""
 
     @abstractmethod
     def score(self, target: TaskView, neighbour: TaskView) -> float:
@@ -136,6 +138,8 @@ def similarity_by_name(name: str, **options: Any) -> Similarity:
 class SharedClasses(Similarity):
     """Number of classes that both tasks have."""
 
+    reads_images = False
+
     def score(self, target: TaskView, neighbour: TaskView) -> float:
         return float(shared(target.classes, neighbour.classes))
 
@@ -143,6 +147,8 @@ class SharedClasses(Similarity):
 @register_similarity("shared_parents")
 class SharedParents(Similarity):
     """Number of distinct parent classes that both tasks have; a parent of two classes counts once."""
+
+    reads_images = False
 
     def score(self, target: TaskView, neighbour: TaskView) -> float:
         for task in (target, neighbour):
@@ -158,6 +164,8 @@ class WordNet(Similarity):
     Args:
         overrides: Class name -> synset, for names whose first noun sense is the wrong one; see `gmn.wordnet.sense`.
     """
+
+    reads_images = False
 
     def __init__(self, overrides: Mapping[str, str] | None = None) -> None:
         self.overrides = dict(overrides or {})

@@ -6,6 +6,7 @@ Everything random in an epoch follows from (seed, epoch), so a resumed run sees 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -90,10 +91,15 @@ def fit(
     """
     count = min(config.images_per_epoch or len(split), len(split))
     size = min(config.batch_size, count)
+    steps = config.iterations or count // size
     device_type = split.labels.device.type
 
-    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def pass_over(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         return split.batches(size, generator=generator(seed, epoch), augment=augment, limit=count, drop_last=True)
+
+    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+        passes = map(pass_over, itertools.count(epoch)) if config.iterations else [pass_over(epoch)]
+        return itertools.islice(itertools.chain.from_iterable(passes), steps)
 
     def step(batch: tuple[Tensor, Tensor]) -> Metrics:
         images, labels = batch
@@ -106,7 +112,6 @@ def fit(
         return {"loss": loss.item(), "accuracy": accuracy.item()}
 
     model.train()
-    steps = count // size
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
     run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)

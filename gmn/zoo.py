@@ -114,7 +114,7 @@ class Zoo(ZooReading):
             got, where = str(len(keep)), f"task {task.name}"
             raise PruningError("the mask is for another network", expected=expected, got=got, where=where)
         task = dataclasses.replace(task, created=task.created or time.time(), error="")
-        content = encode(Stored(task, self._identity(), keep, dict(weights), dict(extra or {})))
+        content = encode(Stored(task, self.identity, keep, dict(weights), dict(extra or {})))
         facts = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         done = dataclasses.replace(task, status="done", file=new_name(task.name), **facts)
         path = self._files / done.file
@@ -139,7 +139,7 @@ class Zoo(ZooReading):
             GmnError: if the task is for another network, or the zoo has one of its name.
         """
         stored = read(Path(path))
-        check_same("the task is for another network", self._identity(), stored.identity, path)
+        check_same("the task is for another network", self.identity, stored.identity, path)
         return self.add(stored.task, stored.keep, stored.weights, stored.extra)
 
     def fail(self, task: Task, error: object) -> None:

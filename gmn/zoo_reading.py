@@ -144,9 +144,11 @@ class ZooReading:
 
     def verify(self) -> list[Problem]:
         """Everything that is wrong with the zoo, each with the file or the task concerned; reads every file."""
-        return verify(self._index, self._files, self._identity())
+        return verify(self._index, self._files, self.identity)
 
-    def _identity(self) -> dict[str, Any]:
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a task's file must say of its network to belong here."""
         return {key: self.about[key] for key in IDENTITY if key in self.about}
 
     def _parse(self, row: zoo_rows.Row) -> Task:
@@ -178,7 +180,7 @@ class ZooReading:
         stored = read(path, parts)
         found = {"name": stored.task.name, **stored.identity}
         message = "the file is another task's or network's"
-        check_same(message, {"name": name, **self._identity()}, found, path, CheckpointError)
+        check_same(message, {"name": name, **self.identity}, found, path, CheckpointError)
         return task, stored
 
 

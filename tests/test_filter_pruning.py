@@ -17,13 +17,14 @@ from zoo import Residual, small
 
 import gmn.filter_pruning
 from gmn.convert import to_graph
+from gmn.costs import cost
 from gmn.data import Split
 from gmn.errors import PruningError
 from gmn.filter_pruning import filter_prune
 from gmn.groups import couplings
-from gmn.settings import FilterPruning
+from gmn.settings_vote import FilterPruning
 
-QUICK = {"iterations": 6, "interval": 2, "batch_size": 8, "lr": 1e-3, "final_epochs": 0, "score_images": 32}
+QUICK = {"iterations": 6, "interval": 2, "batch_size": 8, "lr": 1e-3, "final_iterations": 0, "score_images": 32}
 
 
 def task(count: int = 32) -> Split:
@@ -40,7 +41,7 @@ def example() -> Tensor:
 def test_every_layer_ends_at_its_ratio(score: str) -> None:
     model = small(Residual(16), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 16, 1), width=16)
     before = copy.deepcopy(model.state_dict())
-    shrunk = filter_prune(model, task(), FilterPruning(ratio=0.75, score=score, **QUICK), example(), seed=1)
+    shrunk = filter_prune(model, task(), FilterPruning(score=score, **QUICK), example(), ratio=0.75, seed=1)
     spec = to_graph(model, example()).spec
     coupled = couplings(spec)
     shrunk.keep.validate(spec, coupled)
@@ -68,28 +69,55 @@ def dead(units: tuple[int, ...], *, by: str) -> nn.Module:
 @pytest.mark.parametrize("score", ["activation", "taylor"])
 def test_the_units_that_matter_least_go(score: str) -> None:
     model = dead((1, 4, 6), by=score)
-    config = FilterPruning(ratio=0.375, score=score, **{**QUICK, "iterations": 1, "interval": 1, "lr": 1e-9})
-    keep = filter_prune(model, task(), config, example()).keep.keep
+    config = FilterPruning(score=score, **{**QUICK, "iterations": 1, "interval": 1, "lr": 1e-9})
+    keep = filter_prune(model, task(), config, example(), ratio=0.375).keep.keep
     start = next(g.start for g in to_graph(model, example()).spec.groups if g.name == "1")
     assert (~keep[start : start + 8]).nonzero().flatten().tolist() == [1, 4, 6]
 
 
 def test_rounds_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """11 iterations in rounds of 3 are 3 rounds and 2 steps more; 4 batches are one pass."""
-    taken: list[tuple[int, int]] = []
+    """11 iterations in rounds of 3 are 3 rounds and 2 steps more, which the last ones follow."""
+    taken: list[tuple[int, bool]] = []
     real = gmn.filter_pruning.fit
 
     def fit(model: nn.Module, split: Split, config: gmn.Fit, **options: object) -> None:
-        taken.append((config.epochs, (config.images_per_epoch or 0) // 8))
+        taken.append((config.iterations or 0, all(p.requires_grad for p in model.parameters())))
         real(model, split, config, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gmn.filter_pruning, "fit", fit)
-    config = FilterPruning(ratio=0.5, **{**QUICK, "iterations": 11, "interval": 3, "final_epochs": 1})
-    filter_prune(small(Residual(8), width=8), task(), config, example())
-    assert taken == [(1, 3), (1, 3), (1, 3), (1, 2), (1, 4)]
+    config = FilterPruning(**{**QUICK, "iterations": 11, "interval": 3, "final_iterations": 4})
+    filter_prune(small(Residual(8), width=8), task(), config, example(), ratio=0.5)
+    assert taken == [(3, True), (3, True), (3, True), (6, True)]
     taken.clear()
-    filter_prune(small(Residual(8), width=8), task(), config.model_copy(update={"interval": 9}), example())
-    assert taken == [(2, 4), (1, 1), (1, 2), (1, 4)]
+    config = config.model_copy(update={"interval": 9, "head_iterations": 5})
+    filter_prune(small(Residual(8), width=8), task(), config, example(), ratio=0.5)
+    assert taken == [(5, False), (9, True), (6, True)]
+
+
+def test_the_head_alone_learns_first() -> None:
+    model = small(Residual(8), width=8)
+    stages = gmn.filter_pruning._Stages(task(), FilterPruning(**QUICK), example(), 0)
+    trained = copy.deepcopy(model)
+    stages.train_head(trained, "4", 3)
+    moved = {name for name, p in trained.named_parameters() if not torch.equal(p, model.get_parameter(name))}
+    assert moved == {"4.weight", "4.bias"}
+    assert all(p.requires_grad for p in trained.parameters())
+
+
+def test_what_it_costs() -> None:
+    """Without any rounds that cut, every image costs three forward passes, and one for the scores."""
+    model, config = small(Residual(8), width=8), FilterPruning(**{**QUICK, "iterations": 3, "interval": 3})
+    shrunk = filter_prune(model, task(), config, example(), ratio=0.01)
+    assert shrunk.training_flops == (3 * 3 * 8 + 32) * cost(model, example()).flops
+    half = filter_prune(model, task(), config.model_copy(update={"final_iterations": 2}), example(), ratio=0.5)
+    assert half.training_flops == shrunk.training_flops + 3 * 2 * 8 * cost(half.model, example()).flops
+
+
+def test_a_schedule_within_other_steps() -> None:
+    config = FilterPruning(head_iterations=100, iterations=800, interval=40, final_iterations=100)
+    shorter = config.within(50)
+    assert (shorter.head_iterations, shorter.iterations, shorter.interval, shorter.final_iterations) == (5, 40, 2, 5)
+    assert all(config.within(steps).total == steps for steps in (1, 7, 99, 1000, 12_345))
 
 
 def test_the_network_still_learns() -> None:
@@ -99,8 +127,8 @@ def test_the_network_still_learns() -> None:
     colours = torch.stack([labels % 2, labels // 2, torch.zeros(64)], 1)[:, :, None, None].expand(64, 3, 8, 8) * 200
     noise = torch.randint(0, 40, (64, 3, 8, 8), generator=generator)
     split = Split((colours + noise).to(torch.uint8), labels.long(), torch.full((3,), 0.4), torch.full((3,), 0.3))
-    config = FilterPruning(ratio=0.5, **{**QUICK, "iterations": 60, "interval": 10, "lr": 0.1, "final_epochs": 10})
-    shrunk = filter_prune(small(Residual(8), width=8), split, config, example())
+    config = FilterPruning(**{**QUICK, "iterations": 60, "interval": 10, "lr": 0.1, "final_iterations": 80})
+    shrunk = filter_prune(small(Residual(8), width=8), split, config, example(), ratio=0.5)
     images, target = next(split.batches(64))
     assert float((shrunk.model(images).argmax(1) == target).float().mean()) > 0.9
     assert F.cross_entropy(shrunk.model(images), target) < 0.5
@@ -111,4 +139,4 @@ def test_a_network_of_which_nothing_may_go() -> None:
     with pytest.raises(
         PruningError, match=r"nothing can be pruned: all channels must stay: network input; network output"
     ):
-        filter_prune(model, task(), FilterPruning(**QUICK), example())
+        filter_prune(model, task(), FilterPruning(**QUICK), example(), ratio=0.5)

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "address", "graph", "groups", "settings", "names", "heads", "masks", "spec_check"}
+    {"errors", "address", "graph", "groups", "settings", "settings_vote", "names", "heads", "masks", "spec_check"}
     | {"views", "drawing", "placement", "strokes"},
     {
         *(
@@ -32,7 +32,7 @@ LAYERS = (
         ),
         *("layers", "layers_pyg", "metanetwork"),
     },
-    {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "wordnet"},
+    {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "overlap", "wordnet"},
     *(
         {
             "data",
@@ -47,6 +47,7 @@ LAYERS = (
             "filter_pruning",
             "tasks",
             "vote_prune",
+            *("backbone", "head_pruning", "simsiam", "reptile", "zoo_build", "neighbours"),
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
@@ -55,7 +56,28 @@ LAYERS = (
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
         {"subject", "convert_cli", "zoo_cli"}
         | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote"}
-        | {"pipeline", "compare", "job", "run", "report", "plots", "recipe", "cli", "api", "__init__", "__main__"},
+        | {
+            "pipeline",
+            "compare",
+            "job",
+            "meta_job",
+            "vote_job",
+            "trials",
+            "vote_compare",
+            "vote_report",
+            "vote_page",
+            "studies",
+            "study_cli",
+            "run",
+            "report",
+            "plots",
+            "recipe",
+            "cli",
+            "api",
+            "__init__",
+            "__main__",
+        }
+        | {"study_plots", "page"},
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -19,7 +19,7 @@ import torch
 
 import gmn
 from gmn import checkpoint, pipeline
-from gmn.job import Job
+from gmn.meta_job import MetaJob
 from gmn.recipe import dump_recipe, load_recipe
 from gmn.run import Run, load_report
 from gmn.settings import Recipe
@@ -193,7 +193,7 @@ def test_a_pruned_network_is_saved_and_rebuilt(tmp_path: Path, name: str) -> Non
 
 def test_the_base_is_not_touched_by_the_initial_fine_tuning(tiny_recipe: Recipe, tmp_path: Path) -> None:
     models = tiny_recipe.data_models.model_copy(update={"initial_speed_up": 1.0})
-    job = Job(tiny_recipe.model_copy(update={"data_models": models}), Run(tmp_path / "run", "recipe"))
+    job = MetaJob(tiny_recipe.model_copy(update={"data_models": models}), Run(tmp_path / "run", "recipe"))
     base = job.built(0)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     tuned = job.initially_pruned(base, 0)

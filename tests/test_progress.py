@@ -31,9 +31,8 @@ def test_a_task_inside_a_task(output: io.StringIO) -> None:
             outer(f"step {number}")
     lines = [line for line in output.getvalue().splitlines() if "\x1b" not in line]
     if not progress.console.is_terminal:
-        assert [line.split(": ")[0] for line in lines] == ["inner 0", "inner 1", "outer"]
-        assert lines[0].endswith("loss 0.5")
-        assert lines[2].endswith("step 1")
+        assert [line.split(": ")[0] for line in lines] == ["outer"]  # what happens inside it is its own business
+        assert lines[0].endswith("step 1")
     else:
         assert "outer" in output.getvalue()
         assert "━" in output.getvalue()

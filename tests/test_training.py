@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gmn.data import Split
 from gmn.errors import TrainingError
@@ -127,3 +127,24 @@ def test_a_limited_evaluation_takes_images_from_everywhere() -> None:
         network[1].weight.zero_()
         network[1].bias.copy_(torch.tensor([1.0, 0.0]))  # always says class 0
     assert evaluate(network, by_class, limit=32).accuracy == 0.5
+
+
+def test_iterations_count_steps_over_as_many_passes_as_that_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass is that of a training by epochs with the same seed; 7 steps of 4 are one pass of 5 and 2 more."""
+    seen: list[list[int]] = []
+
+    def note(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[-1] += inputs[0].flatten(1).sum(1).tolist()
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    model.register_forward_pre_hook(note)
+    split = Split(
+        torch.arange(240).view(20, 3, 2, 2).to(torch.uint8), torch.arange(20) % 2, torch.zeros(3), torch.ones(3)
+    )
+    for config in (Fit(epochs=1, iterations=7, lr=0.1, batch_size=4), Fit(epochs=2, lr=0.1, batch_size=4)):
+        seen.append([])
+        fit(model, split, config, seed=3)
+    assert [len(images) for images in seen] == [28, 40]
+    assert seen[0] == seen[1][:28]
+    with pytest.raises(ValueError, match="in place of epochs"):
+        Fit(iterations=7, epochs=2, lr=0.1)

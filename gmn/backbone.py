@@ -1,0 +1,83 @@
+"""The one pre-trained network that all tasks of a zoo share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmn.convert import to_graph
+from gmn.data import Data
+from gmn.graph import GraphSpec
+from gmn.groups import Couplings, inside
+from gmn.surgery import resize, settled
+from gmn.tasks import head_of, with_head
+from gmn.training import evaluate
+from gmn.zoo import fingerprint
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pre-trained network as all tasks share it; masks are over the nodes of its graph, its own head included.
+
+    Attributes:
+        model: The network.
+        example: Example inputs.
+        spec, coupled: Its graph's structure and couplings.
+        head: The layer that every task replaces.
+    """
+
+    model: nn.Module
+    example: Any
+    spec: GraphSpec
+    coupled: Couplings
+    head: str
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, *, only_inside: bool = False) -> Backbone:
+        """Read a network's graph once for all tasks; `only_inside` keeps its residual streams whole."""
+        spec = to_graph(model, example_inputs).spec
+        coupled = settled(model, spec, example_inputs)
+        return cls(model, example_inputs, spec, inside(spec, coupled) if only_inside else coupled, head_of(spec))
+
+    def about(self, **more: Any) -> dict[str, Any]:
+        """What a zoo says of its tasks' network."""
+        return {"nodes": self.spec.num_nodes, "fingerprint": fingerprint(self.spec), **more}
+
+    def widened(self, keep: Tensor) -> Tensor:
+        """[N] bool from a mask of the same network with another head: the nodes of the head, the last ones, stay."""
+        own = torch.ones(self.spec.num_nodes, dtype=torch.bool)
+        start = self.spec.groups[-1].start
+        own[:start] = keep[:start]
+        return own
+
+    def rebuilt(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The pruned network of a task from its stored weights."""
+        classes = len(weights[f"{self.head}.weight"])
+        model = with_head(self.model, self.example, classes, seed=0)
+        resize(model, {name: tensor.shape for name, tensor in weights.items()}).load_state_dict(weights)
+        return model.eval()
+
+
+PROTOTYPE_IMAGES = 50
+"""Training images of a class that its prototype is the mean of."""
+
+
+def prototypes(backbone: Backbone, data: Data, *, per_class: int = PROTOTYPE_IMAGES) -> Tensor:
+    """[classes, D]: mean of what the pre-trained network's head reads, over some training images of each class."""
+    seen: list[Tensor] = []
+    layer = backbone.model.get_submodule(backbone.head)
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    try:
+        means = []
+        for label in range(data.num_classes):
+            index = (data.train.labels == label).nonzero().flatten()[:per_class]
+            seen.clear()
+            evaluate(backbone.model, data.train.subset(index))
+            means.append(torch.cat(seen).flatten(1).mean(0))
+    finally:
+        hook.remove()
+    return torch.stack(means).cpu()

@@ -1,0 +1,48 @@
+"""What `gmn study` does: a study's numbers, its pictures, and the run's page with all studies made so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gmn import vote_page
+from gmn.errors import GmnError
+from gmn.names import nearest
+from gmn.pipeline import reopened
+from gmn.similarity import similarity_by_name
+from gmn.studies import STUDIES, Choices
+from gmn.studies import study as make
+
+
+def study(
+    name: str, run: Path, *, similarity: str | None, targets: int, neighbours: str, iterations: str | None
+) -> None:
+    """Make a study of a vote run and write its page.
+
+    Args:
+        neighbours, iterations: Numbers with commas; None for iterations takes fractions of the recipe's steps.
+
+    Raises:
+        GmnError: if a choice is unknown, or the run has no zoo.
+    """
+    if name not in STUDIES:
+        raise GmnError("no such study", expected=f"one of {', '.join(STUDIES)}", got=name, hint=nearest(name, STUDIES))
+    counts = _numbers("--neighbours", neighbours)
+    if similarity is not None:
+        similarity_by_name(similarity)
+    job = reopened(run)
+    steps = job.recipe.vote.fit.iterations or 1
+    usual = (
+        [max(1, steps // 5), steps] if name == "similarity" else [max(1, steps * n // 10) for n in (1, 2, 5, 10, 20)]
+    )
+    chosen = Choices(
+        similarity or job.recipe.similarity.name, targets, counts, _numbers("--iterations", iterations) or usual
+    )
+    picture = make(job, name, chosen)
+    print(f"picture: {picture}\npage: {vote_page.write(run)}")
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if any(not part.isdecimal() or int(part) < 1 for part in parts):
+        raise GmnError("not a list of numbers", expected="such as 1,3,10", got=repr(text), where=option)
+    return sorted({int(part) for part in parts})

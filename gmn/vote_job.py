@@ -1,0 +1,190 @@
+"""A vote recipe at work in a run folder: the one network, its zoo, the tasks to prune for, and their neighbours."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gmn.api import NETWORK, load_meta, load_network
+from gmn.backbone import Backbone
+from gmn.checkpoint import load_model
+from gmn.costs import cost
+from gmn.data import Data
+from gmn.errors import CheckpointError, DataError, GmnError
+from gmn.job import Job
+from gmn.names import nearest
+from gmn.neighbours import Ranking, ranking
+from gmn.progress import say
+from gmn.ranking import nothing_to_prune
+from gmn.reptile import reptile
+from gmn.run import Run
+from gmn.settings_vote import VoteRecipe
+from gmn.similarity import similarity_by_name
+from gmn.simsiam import pretrain
+from gmn.tasks import sample_tasks, task_data, with_head
+from gmn.zoo import Task, Zoo
+from gmn.zoo_build import build_zoo, pruner
+
+REPTILE = "reptile"  # folder beside the tasks of a zoo
+
+
+class VoteJob(Job):
+    """A vote recipe at work in a run folder.
+
+    Args:
+        recipe: What to do.
+        run: The run folder.
+        zoo: Where an existing zoo lies, with its network; None makes one in the run folder.
+    """
+
+    def __init__(self, recipe: VoteRecipe, run: Run, zoo: Path | None = None) -> None:
+        super().__init__(recipe, run)
+        self.recipe, self.foreign = recipe, zoo is not None
+        self.folder = zoo or run.folder / "zoo"
+        self._rankings: dict[tuple[str, str], Ranking] = {}
+        self._rehearse()
+        run.start()
+
+    def _rehearse(self) -> None:
+        """Meet every part once, before hours of training end in an error."""
+        self.tasks = self._sample()
+        similarity_by_name(self.recipe.similarity.name, **self.recipe.similarity.options)
+        backbone = self._backbone(self._network() if self.foreign else self.rewritten(self.built(0)))
+        if not bool(backbone.coupled.prunable.any()):
+            raise nothing_to_prune(backbone.coupled)
+        with_head(backbone.model, self.example, len(self.tasks[-1].classes), seed=0)
+        if self.foreign:
+            Zoo.open(self.folder, backbone.about())
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The one network that all tasks share; trained and rewritten as the recipe says, and kept beside the zoo."""
+        if not self.foreign:
+            self.keep(f"zoo/{NETWORK}", lambda: self.rewritten(self.trained()))
+        return self._backbone(self._network())
+
+    def _network(self) -> nn.Module:
+        return load_network(self.folder).to(self.device)
+
+    def _backbone(self, model: nn.Module) -> Backbone:
+        heads = self.recipe.zoo.pruner == "heads"
+        if self.foreign:
+            about = Zoo.open(self.folder).about
+            heads = about.get("pruner") == "heads"
+            if about.get("ratio") not in (None, self.recipe.ratio):
+                say(f"the zoo was pruned by {about['ratio']:g}, the recipe wants {self.recipe.ratio:g}")
+        return Backbone.of(model, self.example, only_inside=heads)
+
+    def trained(self) -> nn.Module:
+        """The network after its pre-training, if the recipe has one."""
+        model, settings = self.built(0), self.recipe.pretrain
+        if settings and settings.fit:
+            self.fit(model, settings.fit, 0, "pre-training")
+        if settings and settings.simsiam:
+            log = self.run.logger("fit", title="SimSiam")
+            pretrain(model, self.data.train, settings.simsiam, self.example, seed=self.seed(0), log=log)
+        return model
+
+    def rewritten(self, model: nn.Module) -> nn.Module:
+        """The network as the recipe's metanetwork rewrites it, if there is one."""
+        if self.recipe.rewrite is None:
+            return model
+        return load_meta(self.recipe.rewrite).rewrite(model, self.example).eval()
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+
+    def _sample(self) -> list[Task]:
+        """The tasks of the zoo and the targets; for a zoo that is there, the recipe's own task."""
+        if not self.foreign:
+            counts = self.recipe.zoo
+            names = self.data.class_names
+            return sample_tasks(names, counts.classes, counts.tasks, counts.targets, seed=self.recipe.seed)
+        known = {name: index for index, name in enumerate(self.data.class_names)}
+        wanted = tuple(self.recipe.target or self.data.class_names)
+        for name in wanted:
+            if name not in known:
+                expected = f"a class of {self.recipe.data.name}"
+                raise DataError("no such class", expected=expected, got=repr(name), hint=nearest(name, known))
+        return [Task("target", tuple(known[name] for name in wanted), wanted, "target", seed=self.recipe.seed)]
+
+    @property
+    def targets(self) -> list[Task]:
+        """The tasks to prune for."""
+        return [task for task in self.tasks if task.split == "target"]
+
+    def data_of(self, task: Task) -> Data:
+        """The images of a task."""
+        return task_data(self.data, task.classes)
+
+    # -- the zoo -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def zoo(self) -> Zoo:
+        """The zoo, opened or created."""
+        about = self.backbone.about()
+        if self.foreign:
+            return Zoo.open(self.folder, about)
+        more = {"network": self.source, "ratio": self.recipe.ratio, "pruner": self.recipe.zoo.pruner}
+        return Zoo.create(self.folder, {**about, **more, "data": self.recipe.data.name})
+
+    def build(self) -> None:
+        """Prune the network for every task of the zoo that is not done yet."""
+        self.zoo.plan(task for task in self.tasks if task.split == "zoo")
+        prune = pruner(self.recipe.zoo.pruning, self.example, self.recipe.ratio, augment=self.augment)
+        build_zoo(self.backbone, self.data, self.zoo, prune)
+        done = len(self.zoo.tasks(split="zoo"))
+        if done < self.recipe.vote.neighbours:
+            failed = next(iter(self.zoo.tasks(status="failed")), None)
+            got = f"{done} done" + (f"; {failed.name}: {failed.error}" if failed else "")
+            raise GmnError("too few tasks to vote", expected=f"{self.recipe.vote.neighbours}", got=got)
+
+    def ranking(self, task: Task, similarity: str) -> Ranking:
+        """The zoo's tasks, the nearest to a target first; found once."""
+        key = task.name, similarity
+        if key not in self._rankings:
+            settings = self.recipe.similarity
+            measure = similarity_by_name(similarity, **(settings.options if similarity == settings.name else {}))
+            self._rankings[key] = ranking(
+                self.backbone,
+                self.zoo,
+                self.data_of(task),
+                measure,
+                parents=settings.parents,
+                images=settings.images,
+            )
+        return self._rankings[key]
+
+    @cached_property
+    def reptile_network(self) -> nn.Module:
+        """The pruned meta-initialisation of the baseline, learnt on the zoo's tasks once."""
+        folder = self.folder / REPTILE
+        if not (folder / "model.json").is_file():
+            if self.foreign:
+                expected = "a run of gmn meta-train with that baseline"
+                raise CheckpointError("the zoo has no reptile network", expected=expected, where=str(self.folder))
+            self.keep(f"zoo/{REPTILE}", self._learn_reptile)
+        return load_model(folder).to(self.device)
+
+    def _learn_reptile(self) -> nn.Module:
+        tasks = [task for task in self.tasks if task.split == "zoo"]
+        found = reptile(
+            self.backbone,
+            self.data,
+            tasks,
+            self.recipe.reptile,
+            ratio=self.recipe.ratio,
+            seed=self.recipe.seed,
+            augment=self.augment,
+        )
+        self.run.log("reptile", training_flops=found.training_flops)
+        return found.model
+
+    def price(self) -> dict[str, Any]:
+        """What the network costs before pruning."""
+        before = cost(self.backbone.model, self.example)
+        return {"flops": before.flops, "parameters": before.parameters}

@@ -1,0 +1,85 @@
+"""Filling a zoo: the one pre-trained network, pruned for every task that is planned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gmn.backbone import Backbone, prototypes
+from gmn.costs import cost
+from gmn.data import Augment, Data, Split
+from gmn.errors import GmnError
+from gmn.filter_pruning import Shrunk, filter_prune
+from gmn.head_pruning import head_prune
+from gmn.progress import say, track
+from gmn.settings_vote import FilterPruning, HeadPruning
+from gmn.tasks import task_data, with_head
+from gmn.training import evaluate
+from gmn.zoo import Stored, Task, Zoo
+
+Pruner = Callable[[nn.Module, Split, int], Shrunk]  # of a network with a head, on images, with a seed
+
+
+def pruner(
+    config: FilterPruning | HeadPruning, example_inputs: Any, ratio: float, *, augment: Augment | None = None
+) -> Pruner:
+    """IFP or AHNP with its numbers, to a ratio."""
+
+    def prune(model: nn.Module, split: Split, seed: int) -> Shrunk:
+        options: dict[str, Any] = {"ratio": ratio, "seed": seed, "augment": augment}
+        if isinstance(config, HeadPruning):
+            return head_prune(model, split, config, example_inputs, **options)
+        return filter_prune(model, split, config, example_inputs, **options)
+
+    return prune
+
+
+def build_zoo(backbone: Backbone, data: Data, zoo: Zoo, prune: Pruner, *, worker: str = "build") -> int:
+    """Prune the network for every task that is planned and that nobody works on; returns how many were done.
+
+    A task that fails is noted in the zoo, and the next one is taken.
+    """
+    done, waiting = 0, zoo.counts()["planned"]
+    with track("pruning tasks for the zoo", waiting) as advance:
+        while (task := zoo.claim(worker)) is not None:
+            try:
+                task = add_pruned(backbone, data, zoo, task, prune)
+                done += 1
+                advance(f"{task.name}: {task.metrics['accuracy']:.1%}")
+            except GmnError as error:
+                zoo.fail(task, error)
+                say(f"{task.name} failed: {error}")
+            except BaseException:  # Ctrl-C too: nobody works on the task any more
+                zoo.release(task)
+                raise
+    return done
+
+
+def add_pruned(backbone: Backbone, data: Data, zoo: Zoo, task: Task, prune: Pruner) -> Task:
+    """Prune the network for a task and keep what was found; the accuracy is that on validation images.
+
+    Raises:
+        GmnError: if the task cannot be done, or the zoo has it.
+    """
+    own = task_data(data, task.classes)
+    model = with_head(backbone.model, backbone.example, len(task.classes), seed=task.seed)
+    return add_shrunk(backbone, own, zoo, task, prune(model, own.train, task.seed))
+
+
+def add_shrunk(backbone: Backbone, own: Data, zoo: Zoo, task: Task, shrunk: Shrunk) -> Task:
+    """Keep a network that was cut for a task; `own` is the task's data."""
+    found = stored(backbone, zoo, own, task, shrunk)
+    return zoo.add(found.task, found.keep, found.weights, found.extra)
+
+
+def stored(backbone: Backbone, zoo: Zoo, own: Data, task: Task, shrunk: Shrunk) -> Stored:
+    """What a zoo keeps of a task: its mask, weights, prototypes, accuracy on validation images, and cost."""
+    price = cost(shrunk.model, backbone.example)
+    metrics = {"accuracy": evaluate(shrunk.model, own.val).accuracy, "training_flops": shrunk.training_flops}
+    task = dataclasses.replace(task, metrics=metrics, flops=price.flops, parameters=price.parameters)
+    extra = {"prototypes": prototypes(backbone, own)}
+    keep = backbone.widened(shrunk.keep.keep)
+    return Stored(task, zoo.identity, keep, dict(shrunk.model.state_dict()), extra)
