@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +23,38 @@ TITLES = {
     "random": "random units",
     "reptile": "Reptile",
 }
-COLUMNS = ("method", "N", "steps", "test %", "from vote", "val. %", "training", "search", "FLOPs", "params")
+SPREADS = ("spread", "difference_spread")
+COLUMNS = ("method", "test %", "from vote", "val. %", "steps", "training", "search", "FLOPs", "params", "N")
+NARROW = ("method", "test %", "from vote", "steps", "training", "search")  # what fits into a terminal of 80 columns
 
 
-def cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
+def cells(report: dict[str, Any], columns: Sequence[str] = COLUMNS) -> list[list[str]]:
     """The table, a line per method."""
-    lines = []
-    for entry in summarise(report["results"]):
-        several = entry["trials"] > 1
-        spread, apart = (f" ± {100 * entry[key]:.2f}" * several for key in ("spread", "difference_spread"))
-        own = entry["row"] == "vote"
-        lines.append(
-            (
-                TITLES[entry["row"]],
-                f"{entry['neighbours']:g}" if entry["neighbours"] else "",
-                f"{entry['iterations']:g}",
-                f"{100 * entry['test_accuracy']:.2f}{spread}",
-                "" if own else f"{100 * entry['difference']:+.2f}{apart}",
-                f"{100 * entry['validation_accuracy']:.2f}",
-                human(entry["training_flops"]),
-                human(entry["search_flops"]) if entry["search_flops"] else "",
-                human(entry["flops"]),
-                human(entry["parameters"]),
-            )
-        )
-    return lines
+    return [[_cell(entry, name) for name in columns] for entry in summarise(report["results"])]
+
+
+def _cell(entry: dict[str, Any], column: str) -> str:
+    spread, apart = (f" ± {100 * entry[key]:.2f}" if entry["trials"] > 1 else "" for key in SPREADS)
+    return {
+        "method": TITLES[entry["row"]],
+        "test %": f"{100 * entry['test_accuracy']:.2f}{spread}",
+        "from vote": "" if entry["row"] == "vote" else f"{100 * entry['difference']:+.2f}{apart}",
+        "val. %": f"{100 * entry['validation_accuracy']:.2f}",
+        "steps": f"{entry['iterations']:g}",
+        "training": human(entry["training_flops"]),
+        "search": human(entry["search_flops"]) if entry["search_flops"] else "",
+        "FLOPs": human(entry["flops"]),
+        "params": human(entry["parameters"]),
+        "N": f"{entry['neighbours']:g}" if entry["neighbours"] else "",
+    }[column]
 
 
 def table(report: dict[str, Any]) -> Table:
     """Accuracy and cost of every method."""
     result = Table(title=f"{report['recipe']}: {report['ratio']:.0%} of the units pruned", caption=caption(report))
-    for name in COLUMNS:
-        result.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for line in cells(report):
+    for name in NARROW:
+        result.add_column(name, justify="left" if name == "method" else "right")
+    for line in cells(report, NARROW):
         result.add_row(*line)
     return result
 
@@ -62,6 +62,7 @@ def table(report: dict[str, Any]) -> Table:
 def caption(report: dict[str, Any]) -> str:
     """What one must know to read the table."""
     targets, zoo = len(report["targets"]), report["zoo"]
+    vote, base = summarise(report["results"])[0], report["base"]
     seeds = len({result["seed"] for result in report["results"]})
     several = targets * seeds > 1
     task = f"{targets} target task{'s' if targets > 1 else ''}, {seeds} seed{'s' if seeds > 1 else ''} each"
@@ -71,7 +72,8 @@ def caption(report: dict[str, Any]) -> str:
             f"neighbours out of {zoo['tasks']} tasks by {report['similarity']}",
             f"making the zoo cost {human(zoo['training_flops'])} FLOPs once",
             "training and search: FLOPs for one target, a multiply-add is one, backward counts as two forward passes",
-            f"before pruning: {human(report['base']['flops'])} FLOPs, {human(report['base']['parameters'])} parameters",
+            f"pruned from {human(base['flops'])} to {human(vote['flops'])} FLOPs, "
+            f"from {human(base['parameters'])} to {human(vote['parameters'])} parameters",
             "from vote: difference on the same task and seed",
             "test images read once per network",
         ]
