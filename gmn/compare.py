@@ -162,7 +162,8 @@ def _curve(
 def _curve_of(job: MetaJob, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
     graph = job.graph(model)
     coupled = settled(model, graph.spec, job.example)
-    masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, job.recipe.prune, job.recipe.criterion))
+    state, own = dict(model.state_dict()), job.recipe
+    masks = list(mask_steps(state, graph.spec, coupled, own.prune, own.criterion, job.prior))
     points = [
         (before.flops / cost(model, job.example).flops, evaluate(model, job.data.val, limit=CURVE_IMAGES).accuracy)
     ]

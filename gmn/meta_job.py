@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gmn.api import zoo_path
+from gmn.backbone import Backbone
 from gmn.builder import Layout
 from gmn.checkpoint import (
     load_metanetwork,
@@ -19,6 +22,7 @@ from gmn.checkpoint import (
 from gmn.convert import layouts, to_graph, to_model
 from gmn.costs import Cost, cost
 from gmn.criteria import Importance
+from gmn.errors import GmnError
 from gmn.graph import NetworkGraph
 from gmn.groups import couplings
 from gmn.job import Job
@@ -30,6 +34,8 @@ from gmn.run import Run
 from gmn.settings import Recipe
 from gmn.trace import clone
 from gmn.training import evaluate, make_optimizer, recalibrate
+from gmn.vote import prior
+from gmn.zoo import Zoo
 
 
 class MetaJob(Job):
@@ -81,8 +87,22 @@ class MetaJob(Job):
         return self.keep(f"data-models/{index}", lambda: self.initially_pruned(self.trained(index), index))
 
     def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
-        settings = self.recipe.prune.model_copy(update={"speed_up": speed_up})
-        return prune_to(model, self.graph(model), self.example, settings, self.recipe.criterion, before=before)
+        settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
+        own = self.recipe.criterion
+        return prune_to(model, graph, self.example, settings, own, before=before, prior=self.prior)
+
+    @cached_property
+    def prior(self) -> Tensor | None:
+        """What the votes of the recipe's zoo multiply the scores with."""
+        settings = self.recipe.prune
+        if settings.votes is None:
+            return None
+        folder = zoo_path(settings.votes)
+        if folder is None:
+            raise GmnError("no zoo to vote", expected="a zoo, or a run folder with one", got=str(settings.votes))
+        backbone = Backbone.of(self.built(0), self.example)
+        zoo = Zoo.open(folder, backbone.about())
+        return prior(zoo.masks([task.name for task in zoo.tasks(split="zoo")]), backbone.coupled, settings.votes_weight)
 
     def prune(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
         """Prune to a speed-up and recompute the batch norms' statistics."""

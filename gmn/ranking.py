@@ -45,6 +45,7 @@ def prune_to(
     criterion: Criterion | None = None,
     *,
     before: Cost | None = None,
+    prior: Tensor | None = None,
 ) -> Pruned:
     """Remove the lowest channels until the network is `config.speed_up` times cheaper.
 
@@ -55,6 +56,7 @@ def prune_to(
         config: Target and limits.
         criterion: How channels are scored.
         before: The cost that the speed-up counts from; default: the model's own.
+        prior: [channels] factors on the scores, such as `gmn.vote.prior`.
 
     Raises:
         PruningError: if nothing can be pruned or the target is out of reach; the message says which limit stops it.
@@ -67,7 +69,7 @@ def prune_to(
             got=f"{config.speed_up:g}x",
         )
     coupled = settled(model, graph.spec, example_inputs)
-    masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, config, criterion))
+    masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, config, criterion, prior))
     cut = lambda mask: remove(model, graph.spec, mask, example_inputs, coupled=coupled)  # noqa: E731
     low, high = 0, len(masks)
     best: Pruned | None = None
@@ -91,15 +93,19 @@ def mask_steps(
     coupled: Couplings,
     config: Prune,
     criterion: Criterion | None = None,
+    prior: Tensor | None = None,
 ) -> Iterator[KeepMask]:
-    """Masks with fewer and fewer channels, one per step, until every group is at its limit."""
+    """Masks with fewer and fewer channels, one per step, until every group is at its limit.
+
+    Scores are multiplied with `prior`, [channels].
+    """
     importance = Importance(spec, coupled, criterion)
     energies = {name: energy.detach().cpu() for name, energy in importance.energies(state).items()}
     keep = torch.ones(coupled.num_channels, dtype=torch.bool)
     step = max(1, round(int(coupled.prunable.sum()) / config.steps))
     floor = _floors(coupled, config.max_ratio)
     while True:
-        scores = importance.scores(energies, keep)
+        scores = importance.scores(energies, keep) * (1.0 if prior is None else prior)
         drop = _lowest(scores, keep & coupled.prunable, coupled.group, floor, step)
         if not len(drop):
             return

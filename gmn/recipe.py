@@ -47,10 +47,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     >>> load_recipe("quickstart", ["seed=25"]).seed
     25
     """
-    text, shown, stem = _find(str(source))
-    content, places = _parse(text, shown)
-    if not isinstance(content, dict):
-        raise RecipeError("a recipe is a mapping of keys", got=reprlib.repr(content), where=shown)
+    content, places, stem = _read(str(source))
     for override in overrides:
         _override(content, places, override)
     content.setdefault("name", stem)
@@ -118,6 +115,32 @@ def _find(source: str) -> tuple[str, str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("recipe cannot be read", got=str(error), where=source) from None
     return text, source if isinstance(place, Path) else f"{source}.yaml", PurePath(place.name).stem
+
+
+def _read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], Places, str]:
+    """Keys and values of a recipe, over those of the recipe that its key `base` names."""
+    text, shown, stem = _find(source)
+    content, places = _parse(text, shown)
+    if not isinstance(content, dict):
+        raise RecipeError("a recipe is a mapping of keys", got=reprlib.repr(content), where=shown)
+    base = content.pop("base", None)
+    if base is None:
+        return content, places, stem
+    if not isinstance(base, str) or shown in seen:
+        expected, where = "the name or path of another recipe", places[("base",)]
+        raise RecipeError("bad 'base'", expected=expected, got=reprlib.repr(base), where=where)
+    under, where, _ = _read(base, (*seen, shown))
+    under.pop("name", None)
+    return _over(content, under), {**where, **places}, stem
+
+
+def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; anything else replaces what is in the base."""
+    merged = dict(base)
+    for key, value in content.items():
+        below = merged.get(key)
+        merged[key] = _over(value, below) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
 
 
 # YAML

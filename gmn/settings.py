@@ -195,6 +195,10 @@ class Prune(Section):
         ge=0,
         description="images to recompute BN statistics with, after pruning; 0: off",
     )
+    votes: PathLike | None = Field(
+        default=None, description="a zoo of the same network, or its run: its tasks' votes multiply the scores"
+    )
+    votes_weight: float = Field(default=1.0, ge=0, description="1: what all tasks keep counts twice what none keeps")
 
 
 class Finetune(Section):
@@ -259,6 +263,8 @@ class Recipe(Common):
             raise ValueError(
                 "several data models without a training are all the same: give data_models.fit, or train 1"
             )
+        if models.initial_speed_up > 1 and self.prune.votes:
+            raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
         if models.initial_speed_up >= self.prune.speed_up:
             raise ValueError(
                 f"prune.speed_up ({self.prune.speed_up:g}) counts from before the initial pruning"

@@ -77,6 +77,27 @@ def vote(
     return KeepMask(coupled.nodes(draw(counts(keeps, coupled), coupled, ratio, generator, tau)))
 
 
+def prior(keeps: Tensor, coupled: Couplings, weight: float) -> Tensor:
+    """[channels]: what neighbours' votes multiply a criterion's scores with.
+
+    prior_k = 2^(weight (v_k - mean of v over the layer))      v_k: share of the neighbours that keep channel k
+
+    Within a layer it favours what the neighbours keep; it does not favour one layer over another.
+
+    Args:
+        keeps: [T, N] bool, the nodes that each of T neighbours keeps.
+        coupled: The couplings of the network.
+        weight: 0: no influence; 1: a channel that all keep counts twice as much as one that none keeps.
+
+    Raises:
+        PruningError: if there is no neighbour, or the masks are of another network.
+    """
+    share = counts(keeps, coupled) / len(keeps)
+    sizes = torch.bincount(coupled.group)
+    mean = torch.zeros(len(sizes)).index_add_(0, coupled.group, share) / sizes
+    return 2.0 ** (weight * (share - mean[coupled.group]))
+
+
 def average(
     spec: GraphSpec,
     origin: Mapping[str, Tensor],

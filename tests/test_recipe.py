@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gmn.errors import RecipeError
-from gmn.recipe import builtin_recipes, dump_recipe, load_recipe
+from gmn.recipe import Recipe, builtin_recipes, dump_recipe, load_recipe
 
 MINIMAL = """\
 data: {name: digits}
@@ -186,3 +186,53 @@ def test_pretrained_builders_need_no_training(write) -> None:
 def test_settings_that_contradict_each_other(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("quickstart", overrides)
+
+
+def test_a_base_recipe_is_overridden_key_by_key(write, tmp_path: Path) -> None:
+    write()
+    Path("child.yaml").write_text("base: my.yaml\ndata_models:\n  fit: {epochs: 7}\nmeta_train: {lr: 0.5}\nseed: 3\n")
+    child, base = load_recipe("child.yaml", ["meta_train.epochs=5"]), load_recipe("my.yaml")
+    assert (child.name, base.name, child.seed) == ("child", "my", 3)
+    assert (child.data_models.fit.epochs, child.data_models.fit.lr) == (7, 1e-3)
+    assert (child.meta_train.lr, child.meta_train.epochs, child.meta_train.batch_size) == (0.5, 5, 4)
+    assert child.finetune == base.finetune
+    assert load_recipe(write_dump(tmp_path, child)) == child
+
+
+def write_dump(folder: Path, recipe: Recipe) -> Path:
+    path = folder / "dump.yaml"
+    path.write_text(dump_recipe(recipe))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: child.yaml\n", "child.yaml:1"),  # of itself
+        ("base: [my.yaml]\n", "bad 'base': expected the name or path of another recipe; got ['my.yaml']"),
+        ("base: nothing.yaml\n", "no recipe 'nothing.yaml'"),
+        ("base: my.yaml\nmeta_train: {epochs: many}\n", "child.yaml:2"),
+        ("base: my.yaml\nmetatrain: {epochs: 1}\n", "did you mean 'meta_train'?"),
+    ],
+)
+def test_a_wrong_base_says_what_and_where(write, text: str, said: str) -> None:
+    write()
+    Path("child.yaml").write_text(text)
+    assert said in message("child.yaml")
+
+
+def test_a_mistake_in_the_base_is_placed_there(write) -> None:
+    write("lr: 1e-3", "lr: -1")
+    Path("child.yaml").write_text("base: my.yaml\nseed: 1\n")
+    assert "my.yaml:6" in message("child.yaml")
+
+
+def test_methods(write) -> None:
+    assert "unknown method: expected one of metanetwork, vote; got 'voting'" in message(write("", "method: voting\n"))
+    assert "unknown key" in message(write("", "method: vote\n"))
+    assert load_recipe("graph-mask-voting").method == "vote"
+    said = message("graph-mask-voting", "vote.fit={epochs: 3, lr: 0.1}")
+    assert "give vote.fit.iterations" in said
+    assert "vote.neighbours (99) are more than zoo.tasks" in message("graph-mask-voting", "vote.neighbours=99")
+    assert "give one of fit and simsiam" in message("graph-mask-voting", "pretrain={}")
+    assert "votes are of the whole network" in message("quickstart", "prune.votes=x")

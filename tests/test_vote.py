@@ -23,8 +23,10 @@ from gmn.convert import to_graph
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask, couplings
+from gmn.ranking import mask_steps
+from gmn.settings import Prune
 from gmn.surgery import remove
-from gmn.vote import average, counts, draw, vote
+from gmn.vote import average, counts, draw, prior, vote
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -176,3 +178,33 @@ def test_what_does_not_fit_is_refused() -> None:
         PruningError, match=r"does not fit its mask: expected 8 numbers; got \[3, 2\] of \[4, 2\]; in 0\.weight"
     ):
         average(spec, dict(model.state_dict()), [pruned], keeps)
+
+
+def test_the_prior_by_hand() -> None:
+    """Two layers of 2 and 3 channels; three neighbours. Votes 3, 0 and 1, 1, 2: shares 1, 0 and 1/3, 1/3, 2/3."""
+    coupled = Couplings(torch.arange(5), torch.tensor([0, 0, 1, 1, 1]), ("a", "b"), {})
+    keeps = torch.tensor([[1, 0, 1, 0, 0], [1, 0, 0, 1, 1], [1, 0, 0, 0, 1]], dtype=torch.bool)
+    expected = 2.0 ** torch.tensor([0.5, -0.5, -1 / 9, -1 / 9, 2 / 9])
+    torch.testing.assert_close(prior(keeps, coupled, 1.0), expected)
+    torch.testing.assert_close(prior(keeps, coupled, 3.0), expected**3)
+    assert torch.equal(prior(keeps, coupled, 0.0), torch.ones(5))
+
+
+def test_the_prior_decides_what_goes_first() -> None:
+    """Four equal channels, of which neighbours keep the last two: the first two go."""
+    model = small(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 1))
+    with torch.no_grad():
+        for name in ("1.weight", "3.weight"):
+            model.get_parameter(name).fill_(1.0)
+        model[1].bias.fill_(1.0)
+    graph = to_graph(model, torch.zeros(1, 3, 8, 8))
+    coupled = couplings(graph.spec)
+    keep = torch.ones(1, graph.spec.num_nodes, dtype=torch.bool)
+    start = next(g.start for g in graph.spec.groups if g.name == "1")
+    keep[0, start : start + 2] = False
+    config = Prune(speed_up=1.5, max_ratio=0.6, steps=200)
+    state = dict(model.state_dict())
+    own = next(iter(mask_steps(state, graph.spec, coupled, config, prior=prior(keep, coupled, 1.0)))).keep
+    gone = (~own).nonzero().flatten().tolist()
+    assert gone
+    assert set(gone) <= {start, start + 1}
