@@ -2,7 +2,7 @@
 
 graph = gmn.to_graph(model, example_inputs)      # any nn.Module
 model2 = gmn.to_model(graph)                     # the exact inverse
-meta = gmn.load("runs/quickstart")               # a saved metanetwork
+meta = gmn.load("runs/quickstart")               # a saved metanetwork, or a zoo of tasks that vote
 pruned = gmn.prune(model, example_inputs, meta=meta, speed_up=2.0)
 """
 
@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gmn.api import Meta, Result, load, prune
+    from gmn.api import Meta, Result, Voters, load, prune
     from gmn.builder import Layout
     from gmn.checkpoint import load_model, save_model
     from gmn.convert import to_graph, to_model
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gmn.rules import Call, Converter, register_converter, register_function
     from gmn.settings import Criterion, Fit, Prune
     from gmn.training import evaluate, fit, recalibrate
+    from gmn.zoo import Zoo
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,8 @@ __all__ = [
     "NetworkGraph",
     "Prune",
     "Result",
+    "Voters",
+    "Zoo",
     "build_network",
     "cost",
     "couplings",
@@ -92,6 +95,8 @@ _HOMES = {
     "NetworkGraph": "gmn.graph",
     "Prune": "gmn.settings",
     "Result": "gmn.api",
+    "Voters": "gmn.api",
+    "Zoo": "gmn.zoo",
     "build_network": "gmn.networks",
     "cost": "gmn.costs",
     "couplings": "gmn.groups",

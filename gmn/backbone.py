@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gmn.convert import to_graph
 from gmn.data import Data
+from gmn.errors import CheckpointError, GmnError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, inside
 from gmn.surgery import resize, settled
 from gmn.tasks import head_of, with_head
-from gmn.training import evaluate
+from gmn.trace import evaluation
 from gmn.zoo import fingerprint
 
 
@@ -55,10 +56,13 @@ class Backbone:
         return own
 
     def rebuilt(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The pruned network of a task from its stored weights."""
-        classes = len(weights[f"{self.head}.weight"])
-        model = with_head(self.model, self.example, classes, seed=0)
-        resize(model, {name: tensor.shape for name, tensor in weights.items()}).load_state_dict(weights)
+        """The pruned network of a task from its stored weights; CheckpointError if they are not its weights."""
+        try:
+            classes = len(weights[f"{self.head}.weight"])
+            model = with_head(self.model, self.example, classes, seed=0)
+            resize(model, {name: tensor.shape for name, tensor in weights.items()}).load_state_dict(weights)
+        except (GmnError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError("not the weights of a task", got=str(error).strip().splitlines()[-1]) from error
         return model.eval()
 
 
@@ -76,7 +80,9 @@ def prototypes(backbone: Backbone, data: Data, *, per_class: int = PROTOTYPE_IMA
         for label in range(data.num_classes):
             index = (data.train.labels == label).nonzero().flatten()[:per_class]
             seen.clear()
-            evaluate(backbone.model, data.train.subset(index))
+            with evaluation(backbone.model), torch.no_grad():
+                for images, _ in data.train.subset(index).batches(PROTOTYPE_IMAGES):
+                    backbone.model(images)
             means.append(torch.cat(seen).flatten(1).mean(0))
     finally:
         hook.remove()

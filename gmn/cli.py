@@ -134,6 +134,16 @@ def convert(
     convert_cli.convert(model, output, choices, overwrite=overwrite)
 
 
+@app.command(
+    epilog="Example:  gmn join runs/graph-mask-voting   (while gmn meta-train works on it elsewhere)"
+)
+def join(run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")]) -> None:
+    """Share the work of a vote run that is under way: tasks of its zoo, then its comparison from the end."""
+    from gmn import pipeline
+
+    pipeline.join(run)
+
+
 STUDY = "Examples:  gmn study iou runs/graph-mask-voting   |   gmn study neighbours RUN --neighbours 1,3,10"
 
 
@@ -210,16 +220,6 @@ def zoo_list(
     from gmn import zoo_cli
 
     zoo_cli.list_tasks(folder, label=label, split=split, status=status, sort=sort, limit=limit)
-
-
-@zoo_app.command(
-    "build", epilog="Example:  gmn zoo build runs/graph-mask-voting   (while gmn meta-train runs elsewhere)"
-)
-def zoo_build(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of a vote recipe.")]) -> None:
-    """Prune the tasks of a run's zoo that wait: beside the run itself, or after it was stopped."""
-    from gmn import pipeline
-
-    pipeline.build_zoo(run)
 
 
 @zoo_app.command("verify", epilog="Example:  gmn zoo verify zoo")

@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -150,6 +150,7 @@ class Data:
     val: Split
     test: Split
     class_names: tuple[str, ...]
+    parents: Mapping[str, str] = field(default_factory=dict)  # parent class of each class name, where known
 
     def __post_init__(self) -> None:
         for name in ("train", "val", "test"):
@@ -194,6 +195,7 @@ def load_data(
     test: str | Sequence[str] | None = None,
     image: str = "img",
     label: str = "label",
+    parent: str | None = None,
     validation: float = 0.1,
     validation_from: str = "train",
     mean: Sequence[float] | None = None,
@@ -207,7 +209,8 @@ def load_data(
     Args:
         name: a key of `gmn.sources.READERS`, or `package.module:function` (see `gmn.sources.read_function`).
         root, download: the folder of the files, and whether torchvision may fetch them.
-        train, test, image, label: parquet only: file patterns, and the columns.
+        train, test, image, label, parent: parquet only: file patterns, and the columns of images, classes and parent
+            classes.
         validation, validation_from: "train" cuts this fraction out of the training images; "test" validates
             on the even-numbered test images (file order) and tests on the odd-numbered ones, for pretrained
             networks that have seen every training image. Unused where the files have a validation split.
@@ -217,7 +220,7 @@ def load_data(
 
     Raises DataError.
     """
-    request = Request(Path(root) if root else None, download, train, test, image, label)
+    request = Request(Path(root) if root else None, download, train, test, image, label, parent)
     if size is not None and size < 1:
         raise DataError("images need pixels", expected="`size` of at least 1", got=str(size))
     source = read_source(name, request)
@@ -231,7 +234,7 @@ def load_data(
     )
     splits = [Split(i, part.labels, mean_, std_) for i, part in zip(images, parts, strict=True)]
     classes = source.class_names or tuple(str(c) for c in range(int(source.train.labels.max()) + 1))
-    return Data(*splits, class_names=classes)
+    return Data(*splits, class_names=classes, parents=source.parents)
 
 
 def _cut(source: Source, validation: float, validation_from: str, seed: int) -> list[Part]:

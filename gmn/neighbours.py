@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gmn.backbone import PROTOTYPE_IMAGES, Backbone, prototypes
 from gmn.costs import cost
 from gmn.data import Data
-from gmn.errors import GmnError
+from gmn.errors import CheckpointError, GmnError
 from gmn.measures import groups_of_five
 from gmn.progress import say
 from gmn.similarity import Similarity, TaskView, rank
@@ -67,15 +67,16 @@ def ranking(
     """
     search = _Search(backbone, zoo, data, parents or {}, images)
     target = search.target(similarity.reads_images)
-    views: dict[str, TaskView] = {}
+    scores: dict[str, float] = {}
     for task in zoo.tasks(split="zoo"):
-        try:
-            views[task.name] = search.neighbour(task) if similarity.reads_images else search.view(task.class_names)
-        except GmnError as error:
+        try:  # the file is read even where names are compared: a damaged one must not vote
+            view = search.neighbour(task)
+            view = view if similarity.reads_images else search.view(task.class_names)
+            ((_, scores[task.name]),) = rank(similarity, target, [view])
+        except CheckpointError as error:
             say(f"skipped {task.name}: {error}")
-    names = list(views)
-    ordered = rank(similarity, target, list(views.values()))
-    return Ranking(tuple(names[index] for index, _ in ordered), tuple(score for _, score in ordered), search.flops)
+    names = sorted(scores, key=lambda name: -scores[name])  # stable: of equal scores the earlier task first
+    return Ranking(tuple(names), tuple(scores[name] for name in names), search.flops)
 
 
 class _Search:
@@ -103,7 +104,10 @@ class _Search:
         return TaskView(view.classes, view.parents, view.prototypes, self.sample.labels.cpu())
 
     def neighbour(self, task: Task) -> TaskView:
-        view = self.view(task.class_names, self.zoo.load_extra(task.name)["prototypes"])
+        try:
+            view = self.view(task.class_names, self.zoo.load_extra(task.name).get("prototypes"))
+        except GmnError as error:
+            raise CheckpointError(str(error)) from error
         return TaskView(view.classes, view.parents, view.prototypes, None, lambda _: self.predictions(task))
 
     def predictions(self, task: Task) -> Tensor:
@@ -111,4 +115,7 @@ class _Search:
         model = self.backbone.rebuilt(self.zoo.load(task.name)[2])
         self.flops += len(self.sample) * task.flops
         with torch.no_grad():
-            return torch.cat([F.softmax(model(images), 1).cpu() for images, _ in self.sample.batches(500)])
+            said = torch.cat([F.softmax(model(images), 1).cpu() for images, _ in self.sample.batches(500)])
+        if not bool(said.isfinite().all()):
+            raise CheckpointError("its network's predictions are not finite")
+        return said

@@ -8,11 +8,12 @@ vote:         network + tasks --prune for each--> zoo of masks and weights
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from gmn.api import metanetwork_path, zoo_path
-from gmn.checkpoint import load_metanetwork
+from gmn.api import NETWORK, metanetwork_path, zoo_path
+from gmn.checkpoint import load_json, load_metanetwork, save_json
 from gmn.compare import compare
 from gmn.errors import RecipeError
 from gmn.meta_job import MetaJob
@@ -20,8 +21,13 @@ from gmn.recipe import AnyRecipe, dump_recipe, load_recipe
 from gmn.run import Run, open_run
 from gmn.settings import Recipe
 from gmn.settings_vote import VoteRecipe
-from gmn.vote_compare import compare_votes
+from gmn.vote_compare import compare_votes, measured, planned
 from gmn.vote_job import VoteJob
+from gmn.zoo import Zoo
+from gmn.zoo_task import check_same
+
+VOTERS = "voters.json"
+"""In a run that pruned with the zoo of another one: where that is, and what tells its network from others."""
 
 Report = dict[str, Any]
 
@@ -44,30 +50,37 @@ def prune_recipe(
         GmnError: if what was learnt is of the other method, or does not fit the network.
     """
     zoo = zoo_path(meta)
+    path = zoo or metanetwork_path(meta)
     if (zoo is not None) != isinstance(recipe, VoteRecipe):
         expected = "a recipe with `method: vote`" if zoo else "a recipe with `method: metanetwork`"
         raise RecipeError(f"{meta} and the recipe are of different methods", expected=expected, got=recipe.method)
-    if isinstance(recipe, VoteRecipe):
-        run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-        return compare_votes(VoteJob(recipe, run, zoo))
-    path = metanetwork_path(meta)
-    metanetwork, layout, _ = load_metanetwork(path)
+    if (zoo or overwrite) and path.resolve().is_relative_to(folder.resolve()):
+        hint = "give another with --run"
+        raise RecipeError("the run folder is the one that was learnt in", got=str(folder), hint=hint)
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
+    if isinstance(recipe, VoteRecipe):
+        return _prune_with_votes(recipe, run, path)
+    metanetwork, layout, _ = load_metanetwork(path)
     job = MetaJob(recipe, run, (metanetwork, layout))
     run.adopt(path)
     return compare(job, metanetwork.to(job.device), layout)
 
 
-def build_zoo(folder: Path) -> None:
-    """Prune planned tasks of a vote run's zoo, beside other processes; the run's own recipe says how."""
-    reopened(folder).build()
+def join(folder: Path) -> None:
+    """Share the work of a vote run: tasks of its zoo that wait, then the comparison's trials, the last ones first."""
+    job = reopened(folder)
+    job.build()
+    measured(job, planned(job)[::-1], "comparing, from the end")
 
 
 def reopened(folder: Path) -> VoteJob:
-    """A vote run that is there, to go on with; RecipeError if it is a run of the other method."""
+    """A vote run that is there, to go on with; RecipeError if it is of the other method, or voted with another's zoo."""
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, VoteRecipe):
         raise RecipeError("the run has no zoo", expected="a run of a recipe with `method: vote`", got=str(folder))
+    if (folder / VOTERS).is_file():
+        hint = f"its voters are in {load_json(folder / VOTERS)['zoo']}"
+        raise RecipeError("the run has no zoo", expected="a run of gmn meta-train", got=str(folder), hint=hint)
     return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
 
 
@@ -84,4 +97,18 @@ def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:
 def _learn_votes(recipe: VoteRecipe, run: Run) -> Report:
     job = VoteJob(recipe, run)
     job.build()
+    return compare_votes(job)
+
+
+def _prune_with_votes(recipe: VoteRecipe, run: Run, zoo: Path) -> Report:
+    own = recipe.network.model_dump(include={"name", "options"})
+    if stated := Zoo.open(zoo).about.get("network"):
+        check_same("the zoo is of another network than the recipe's", own, stated, zoo)
+    job = VoteJob(recipe, run, zoo)
+    digest = hashlib.sha256((zoo / NETWORK / "weights.safetensors").read_bytes()).hexdigest()
+    mine = run.folder / VOTERS
+    if not mine.is_file():
+        save_json(mine, {"zoo": str(zoo), "network_sha256": digest})
+    elif load_json(mine)["network_sha256"] != digest:
+        raise RecipeError("cannot resume with another zoo", got=str(zoo), hint="start anew with --overwrite")
     return compare_votes(job)

@@ -54,7 +54,7 @@ class Run:
         if saved.is_file() and not resume and not overwrite:
             hint = "go on with --resume, replace it with --overwrite, or give another with --run"
             raise GmnError("the run folder exists", got=str(folder), hint=hint)
-        if saved.is_file() and resume and saved.read_text(encoding="utf-8") != recipe:
+        if saved.is_file() and resume and not _same(saved, recipe):
             difference, hint = _first_difference(saved, recipe), "start anew with --overwrite"
             raise GmnError("cannot resume with another recipe", got=difference, where=str(folder), hint=hint)
 
@@ -125,6 +125,18 @@ def environment() -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": versions,
     }
+
+
+def _same(saved: Path, recipe: str) -> bool:
+    """Whether two recipes say the same; an older gmn did not spell out what is new and has its default."""
+    from gmn.recipe import dump_recipe, load_recipe
+
+    if saved.read_text(encoding="utf-8") == recipe:
+        return True
+    try:
+        return dump_recipe(load_recipe(saved)) == recipe
+    except GmnError:
+        return False
 
 
 def _first_difference(path: Path, recipe: str) -> str:

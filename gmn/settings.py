@@ -39,6 +39,7 @@ class Data(Section):
     test: str | None = Field(default=None, description="parquet files of the test images, a glob")
     image: str = Field(default="img", description="parquet column of the image")
     label: str = Field(default="label", description="parquet column of the class")
+    parent: str | None = Field(default=None, description="parquet column of the parent class, for similarities")
     validation: float = Field(
         default=0.1, gt=0, lt=1, description="share of the training images held out to choose with"
     )

@@ -136,7 +136,9 @@ class Similarity(Section):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the similarity")
     images: int = Field(default=500, ge=1, description="training images of the target that leep reads")
-    parents: dict[str, str] = Field(default_factory=dict, description="parent class of each class name")
+    parents: dict[str, str] = Field(
+        default_factory=dict, description="parent class of each class name; default: what the data say"
+    )
 
 
 class Vote(Section):

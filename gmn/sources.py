@@ -10,7 +10,7 @@ import glob
 import gzip
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +47,7 @@ class Source:
     test: Part
     val: Part | None = None
     class_names: tuple[str, ...] | None = None
+    parents: dict[str, str] = field(default_factory=dict)  # of the classes by name, where the files say it
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Request:
     test: str | Sequence[str] | None = None
     image: str = "img"
     label: str = "label"
+    parent: str | None = None
 
 
 def read_digits(request: Request) -> Source:
@@ -178,7 +180,32 @@ def read_parquet(request: Request) -> Source:
     """
     train, names = _parquet_part(request.train or "train*.parquet", request)
     test, _ = _parquet_part(request.test or "test*.parquet", request)
-    return Source(train, test, class_names=names)
+    parents = _parquet_parents(request, names) if request.parent else {}
+    return Source(train, test, class_names=names, parents=parents)
+
+
+def _parquet_parents(request: Request, names: tuple[str, ...] | None) -> dict[str, str]:
+    """Parent class of each class name, from two columns of the training files."""
+    parent = replace(request, label=str(request.parent))
+    (fine, _), (coarse, above) = (_parquet_labels(r) for r in (request, parent))
+    pairs = set(zip(fine, coarse, strict=True))
+    if len(pairs) > len(set(fine)):
+        raise DataError("a class with several parents", expected="one", where=f"column {request.parent!r}")
+    text = lambda known, index: known[index] if known else str(index)  # noqa: E731
+    return {text(names, child): text(above, up) for child, up in sorted(pairs)}
+
+
+def _parquet_labels(request: Request) -> tuple[list[int], tuple[str, ...] | None]:
+    import pyarrow.parquet as pq
+
+    labels, names, patterns = [], None, request.train or "train*.parquet"
+    for path in _matching([patterns] if isinstance(patterns, str) else patterns, request.root):
+        schema = pq.read_schema(path)
+        if request.label not in schema.names:
+            raise DataError("missing column", expected=repr(request.label), got=str(schema.names), where=str(path))
+        labels += _integers(pq.read_table(path, columns=[request.label])[request.label], f"column {request.label!r}")
+        names = names or _class_names(schema.metadata, request.label)
+    return labels, names
 
 
 def _parquet_part(patterns: str | Sequence[str], request: Request) -> tuple[Part, tuple[str, ...] | None]:

@@ -8,6 +8,7 @@ from gmn import vote_page
 from gmn.errors import GmnError
 from gmn.names import nearest
 from gmn.pipeline import reopened
+from gmn.run import load_report, open_run
 from gmn.similarity import similarity_by_name
 from gmn.studies import STUDIES, Choices
 from gmn.studies import study as make
@@ -22,11 +23,12 @@ def study(
         neighbours, iterations: Numbers with commas; None for iterations takes fractions of the recipe's steps.
 
     Raises:
-        GmnError: if a choice is unknown, or the run has no zoo.
+        GmnError: if a choice is unknown, or the run is not finished or has no zoo.
     """
     if name not in STUDIES:
         raise GmnError("no such study", expected=f"one of {', '.join(STUDIES)}", got=name, hint=nearest(name, STUDIES))
     counts = _numbers("--neighbours", neighbours)
+    load_report(open_run(run))  # a run that is not finished would be finished first
     if similarity is not None:
         similarity_by_name(similarity)
     job = reopened(run)

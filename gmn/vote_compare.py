@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gmn.checkpoint import save_json, save_model
@@ -22,11 +23,7 @@ Result = dict[str, Any]
 def compare_votes(job: VoteJob) -> dict[str, Any]:
     """Run all methods on all targets, measure, and save report.json; finished trials are not run again."""
     recipe = job.recipe
-    rows = ["vote", *recipe.report.baselines]
-    wanted = [
-        plan(job, row, target, seed) for target in job.targets for row in rows for seed in range(recipe.report.seeds)
-    ]
-    results = measured(job, wanted, "comparing")
+    results = measured(job, planned(job), "comparing")
     built = job.zoo.tasks(split="zoo")
     report = {
         "method": "vote",
@@ -45,21 +42,34 @@ def compare_votes(job: VoteJob) -> dict[str, Any]:
     return report
 
 
+def planned(job: VoteJob) -> list[Trial]:
+    """The trials of the comparison: every method on every target, for every seed."""
+    rows, seeds = ["vote", *job.recipe.report.baselines], range(job.recipe.report.seeds)
+    return [plan(job, row, target, seed) for target in job.targets for row in rows for seed in seeds]
+
+
 def measured(job: VoteJob, wanted: Sequence[Trial], title: str) -> list[Result]:
-    """The results of trials, from results.jsonl where they are there, else run now and kept there."""
+    """The results of trials, from results.jsonl where they are there, else run now and kept there.
+
+    The file is read before every trial: another process may have finished it, working from the other end.
+    """
     path = job.run.folder / "results.jsonl"
-    known = {_key(result): result for result in read_lines(path) if set(KEYS) <= result.keys()}
+    results: list[Result] = []
     with track(title, len(wanted)) as advance:
         for trial in wanted:
-            key = _key(dataclasses.asdict(trial))
-            if key not in known:
+            result = _known(path).get(_key(dataclasses.asdict(trial)))
+            if result is None:
                 finished, result = run_trial(job, trial)
                 if job.foreign:
                     _save(job, trial, finished, result)
                 append_line(path, result)
-                known[key] = result
-            advance(f"{trial.row} on {trial.target}: {known[key]['validation_accuracy']:.1%}")
-    return [known[_key(dataclasses.asdict(trial))] for trial in wanted]
+            results.append(result)
+            advance(f"{trial.row} on {trial.target}: {result['validation_accuracy']:.1%}")
+    return results
+
+
+def _known(path: Path) -> dict[tuple[Any, ...], Result]:
+    return {_key(result): result for result in read_lines(path) if set(KEYS) <= result.keys()}
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gmn.errors import CheckpointError, DataError, GmnError
 from gmn.job import Job
 from gmn.names import nearest
 from gmn.neighbours import Ranking, ranking
-from gmn.progress import say
+from gmn.progress import say, track
 from gmn.ranking import nothing_to_prune
 from gmn.reptile import reptile
 from gmn.run import Run
@@ -29,6 +30,7 @@ from gmn.zoo import Task, Zoo
 from gmn.zoo_build import build_zoo, pruner
 
 REPTILE = "reptile"  # folder beside the tasks of a zoo
+POLL = 2.0  # seconds
 
 
 class VoteJob(Job):
@@ -137,6 +139,10 @@ class VoteJob(Job):
         self.zoo.plan(task for task in self.tasks if task.split == "zoo")
         prune = pruner(self.recipe.zoo.pruning, self.example, self.recipe.ratio, augment=self.augment)
         build_zoo(self.backbone, self.data, self.zoo, prune)
+        while waiting := self.zoo.counts()["planned"]:  # other processes work on them; what they leave is taken up
+            with track(f"waiting for {waiting} tasks of other processes", 1):
+                time.sleep(POLL)
+            build_zoo(self.backbone, self.data, self.zoo, prune)
         done = len(self.zoo.tasks(split="zoo"))
         if done < self.recipe.vote.neighbours:
             failed = next(iter(self.zoo.tasks(status="failed")), None)
@@ -154,7 +160,7 @@ class VoteJob(Job):
                 self.zoo,
                 self.data_of(task),
                 measure,
-                parents=settings.parents,
+                parents=settings.parents or self.data.parents,
                 images=settings.images,
             )
         return self._rankings[key]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,9 @@ from gmn.settings_vote import FilterPruning, HeadPruning
 from gmn.tasks import task_data, with_head
 from gmn.training import evaluate
 from gmn.zoo import Stored, Task, Zoo
+
+WAIT = 0.5  # seconds between two looks at what other processes do
+STALE = 3600.0  # seconds after which a task is taken from a process of another machine, which may be dead
 
 Pruner = Callable[[nn.Module, Split, int], Shrunk]  # of a network with a head, on images, with a seed
 
@@ -38,13 +42,14 @@ def pruner(
 
 
 def build_zoo(backbone: Backbone, data: Data, zoo: Zoo, prune: Pruner, *, worker: str = "build") -> int:
-    """Prune the network for every task that is planned and that nobody works on; returns how many were done.
+    """Prune the network for every task that is planned, beside other processes; returns how many were done here.
 
-    A task that fails is noted in the zoo, and the next one is taken.
+    A task that fails is noted in the zoo, and the next one is taken. At the end no task is planned any more: those that
+    other processes work on are waited for, so that all of them go on with the same zoo.
     """
     done, waiting = 0, zoo.counts()["planned"]
     with track("pruning tasks for the zoo", waiting) as advance:
-        while (task := zoo.claim(worker)) is not None:
+        for task in _claimed(zoo, worker):
             try:
                 task = add_pruned(backbone, data, zoo, task, prune)
                 done += 1
@@ -56,6 +61,22 @@ def build_zoo(backbone: Backbone, data: Data, zoo: Zoo, prune: Pruner, *, worker
                 zoo.release(task)
                 raise
     return done
+
+
+def _claimed(zoo: Zoo, worker: str) -> Iterator[Task]:
+    """The tasks that this process is to work on, those that a dying process leaves included."""
+    told = False
+    while True:
+        if (task := zoo.claim(worker)) is not None:
+            yield task
+        elif others := zoo.tasks(status="planned"):
+            if not told:
+                say(f"waiting for other processes, which work on {', '.join(task.name for task in others)}")
+            told = True
+            time.sleep(WAIT)
+            zoo.release_stale(STALE)
+        else:
+            return
 
 
 def add_pruned(backbone: Backbone, data: Data, zoo: Zoo, task: Task, prune: Pruner) -> Task:

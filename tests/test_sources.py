@@ -38,6 +38,24 @@ def write_parquet(path: Path, images: list[Any], labels: list[int], struct: bool
     return path
 
 
+def test_parent_classes_come_from_a_column(tmp_path: Path) -> None:
+    features = {"label": {"names": ["cat", "dog", "owl"]}, "above": {"names": ["bird", "pet"]}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([("img", pa.binary()), ("label", pa.int64()), ("above", pa.int64())]).with_metadata(metadata)
+    images = [encode(x) for x in pixels(12)]
+    labels = [k % 3 for k in range(12)]
+    for name, parents in (("train-a", [(1, 1, 0)[k] for k in labels]), ("test-a", [0] * 12)):
+        pq.write_table(pa.table([images, labels, parents], schema=schema), tmp_path / f"{name}.parquet")
+    data = load_data("parquet", root=tmp_path, parent="above")
+    assert data.parents == {"cat": "pet", "dog": "pet", "owl": "bird"}
+    assert load_data("parquet", root=tmp_path).parents == {}
+    with pytest.raises(DataError, match="missing column: expected 'besides'"):
+        load_data("parquet", root=tmp_path, parent="besides")
+    pq.write_table(pa.table([images, labels, list(range(12))], schema=schema), tmp_path / "train-b.parquet")
+    with pytest.raises(DataError, match="several parents"):
+        load_data("parquet", root=tmp_path, parent="above")
+
+
 # Files
 
 
