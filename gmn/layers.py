@@ -1,22 +1,21 @@
-"""Message passing over edge blocks: no index, no gather, no scatter within a block (GMN, appendix B.1).
+"""The weights of a message-passing layer, and the statistics that a node makes of its messages (GMN, appendix B.1).
 
-A block holds the states of all edges between two node ranges as one tensor, so a message is a broadcast product and
-an aggregation is a reduction along an axis. The receiver's factor A(v_i) is the same for all messages to node i and
-is multiplied after the reduction: mean = A S, E[m^2] = A^2 SS, and where A < 0 max and min swap.
+The receiver's factor A(v_i) is the same for all messages to node i and is multiplied after the reduction:
+mean = A S, E[m^2] = A^2 SS, and where A < 0 max and min swap. What happens on the edges stands in `gmn.edge_tape`.
 
-Shapes: N nodes, H hidden, a block [G, O, I, H] joins G*O targets and G*I sources.
+N nodes, H hidden.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from gmn.graph import EdgeBlock
+if TYPE_CHECKING:
+    from gmn.edge_tape import EdgeTape
 
 VAR_FLOOR = 1e-5  # torch-geometric clamps the variance here and reports 0 where it did
 
@@ -48,80 +47,28 @@ class MessageLayer(nn.Module):
         signs = torch.cat([torch.ones(hidden // 2), -torch.ones(hidden - hidden // 2)])
         self.register_buffer("inv", signs, persistent=False)
 
-    def forward(
-        self, nodes: Tensor, edges: Sequence[Tensor], blocks: Sequence[EdgeBlock]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """[N, H] and one [G, O, I, H] per block, to the same."""
+    def forward(self, nodes: Tensor, tape: EdgeTape, token: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H] to the same; the tape's edges take their step, and the token says so."""
         nodes = self.norm(nodes)
         factor, sent = self.receive(nodes), self.send(nodes)
-        along = along_edges(sent, edges, blocks, len(nodes))
-        against = against_edges(sent * self.inv, edges, blocks, len(nodes))
-        update = self.aggregate(along.statistics(factor)) + self.aggregate(against.statistics(factor))
-        left, right = self.edge_left(nodes), self.edge_right(nodes)
-        return nodes + update, [scale_edges(e, block, left, right) for e, block in zip(edges, blocks, strict=True)]
+        token, *found = tape.layer(token, sent, self.inv, self.edge_left(nodes), self.edge_right(nodes))
+        along = statistics(factor, *found[:4], tape.in_degree)
+        against = statistics(factor, *found[4:], tape.out_degree)
+        return nodes + self.aggregate(along) + self.aggregate(against), token
 
 
-class Moments(NamedTuple):
-    """Per node, over the messages it gets before the receiver's factor: sum, sum of squares, extremes, count."""
+def statistics(factor: Tensor, total: Tensor, squares: Tensor, high: Tensor, low: Tensor, degree: Tensor) -> Tensor:
+    """[N, 4H]: mean, std, max, min of factor * message, from moments [N, H] of the messages before the factor.
 
-    total: Tensor
-    squares: Tensor
-    high: Tensor
-    low: Tensor
-    degree: Tensor
-
-    def statistics(self, factor: Tensor) -> Tensor:
-        """[N, 4H]: mean, std, max, min of factor * message; 0 for a node without messages."""
-        count = self.degree.clamp(min=1)[:, None]
-        mean = factor * self.total / count
-        var = factor * factor * self.squares / count - mean * mean
-        std = var.clamp(min=VAR_FLOOR).sqrt()
-        std = std.masked_fill(std <= math.sqrt(VAR_FLOOR), 0.0)
-        positive = factor >= 0
-        high = factor * torch.where(positive, self.high, self.low)
-        low = factor * torch.where(positive, self.low, self.high)
-        return torch.cat([mean, std, high, low], dim=1)
-
-
-def sources(nodes: Tensor, block: EdgeBlock) -> Tensor:
-    """[G, 1, I, H]: states of a block's source nodes."""
-    return nodes[block.src[0] : sum(block.src)].view(block.pieces, 1, -1, nodes.shape[1])
-
-
-def targets(nodes: Tensor, block: EdgeBlock) -> Tensor:
-    """[G, O, 1, H]: states of a block's target nodes."""
-    return nodes[block.dst[0] : sum(block.dst)].view(block.pieces, -1, 1, nodes.shape[1])
-
-
-def along_edges(sent: Tensor, edges: Sequence[Tensor], blocks: Sequence[EdgeBlock], num_nodes: int) -> Moments:
-    """Messages from sources to targets."""
-    messages = [sources(sent, block) * e for e, block in zip(edges, blocks, strict=True)]
-    return _combine(messages, 2, [block.dst for block in blocks], num_nodes)
-
-
-def against_edges(sent: Tensor, edges: Sequence[Tensor], blocks: Sequence[EdgeBlock], num_nodes: int) -> Moments:
-    """Messages from targets to sources."""
-    messages = [targets(sent, block) * e for e, block in zip(edges, blocks, strict=True)]
-    return _combine(messages, 1, [block.src for block in blocks], num_nodes)
-
-
-def scale_edges(e: Tensor, block: EdgeBlock, left: Tensor, right: Tensor) -> Tensor:
-    """e (1 + c_i d_j + c_j d_i), i the target and j the source."""
-    return e * (1 + targets(left, block) * sources(right, block) + sources(left, block) * targets(right, block))
-
-
-def _combine(messages: list[Tensor], axis: int, ranges: list[tuple[int, int]], num_nodes: int) -> Moments:
-    """Moments of a node over all blocks that send to it, from the moments over each block."""
-    hidden = messages[0].shape[3]
-    index = torch.cat([torch.arange(start, start + size) for start, size in ranges]).to(messages[0].device)
-    flat = lambda parts: torch.cat([part.reshape(-1, hidden) for part in parts])  # noqa: E731
-    empty = messages[0].new_zeros(num_nodes, hidden)
-    rows = index[:, None].expand(-1, hidden)
-    sizes = [m.new_full((size,), float(m.shape[axis])) for m, (_, size) in zip(messages, ranges, strict=True)]
-    return Moments(
-        total=empty.index_add(0, index, flat([m.sum(axis) for m in messages])),
-        squares=empty.index_add(0, index, flat([(m * m).sum(axis) for m in messages])),
-        high=empty.scatter_reduce(0, rows, flat([m.amax(axis) for m in messages]), "amax", include_self=False),
-        low=empty.scatter_reduce(0, rows, flat([m.amin(axis) for m in messages]), "amin", include_self=False),
-        degree=empty[:, 0].index_add(0, index, torch.cat(sizes)),
+    Args:
+        degree: [N], number of messages; a node without messages gets 0.
+    """
+    count = degree.clamp(min=1)[:, None]
+    mean = factor * total / count
+    var = factor * factor * squares / count - mean * mean
+    std = var.clamp(min=VAR_FLOOR).sqrt()
+    std = std.masked_fill(std <= math.sqrt(VAR_FLOOR), 0.0)
+    positive = factor >= 0
+    return torch.cat(
+        [mean, std, factor * torch.where(positive, high, low), factor * torch.where(positive, low, high)], 1
     )

@@ -9,13 +9,15 @@ It sees only a graph: no module, no name of an architecture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
+from gmn.edge_tape import EdgeTape
 from gmn.errors import ConversionError
-from gmn.graph import EdgeBlock, GraphSpec, NetworkGraph
+from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import parametric
 from gmn.layers import MessageLayer
 
@@ -33,6 +35,7 @@ class MetaNetworkConfig:
         node_ratio, edge_ratio: alpha and beta of the paper: how much of the prediction is added.
         zero_init: Start as the identity: the last layer of each decoder is zero.
         backend: `blocks`, or `pyg` (PyTorch Geometric, the slow reference).
+        max_chunk_mb: Largest piece of the edges that `blocks` works on at a time; None chooses by device.
     """
 
     node_features: int
@@ -43,6 +46,7 @@ class MetaNetworkConfig:
     edge_ratio: float = 0.05
     zero_init: bool = True
     backend: Literal["blocks", "pyg"] = "blocks"
+    max_chunk_mb: float | None = None
 
 
 class MetaNetwork(nn.Module):
@@ -75,27 +79,40 @@ class MetaNetwork(nn.Module):
         spec = graph.spec
         self.check(spec)
         nodes = self.node_encoder(graph.node_features)
-        edges = [self.edge_encoders[b.kind](e) for b, e in zip(spec.blocks, graph.edge_features, strict=True)]
+        weights = parametric(spec)
+        passing = self._by_edges if self.config.backend == "pyg" else self._by_blocks
+        nodes, changes = passing(graph, nodes, [index in weights for index in range(len(spec.blocks))])
+        new_nodes = graph.node_features + self.config.node_ratio * self.node_decoder(nodes)
+        pairs = zip(graph.edge_features, changes, strict=True)
+        return graph.replace(new_nodes, tuple(old if change is None else old + change for old, change in pairs))
+
+    def _by_blocks(
+        self, graph: NetworkGraph, nodes: Tensor, changes: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The final nodes, and what is added to each block's features; None where they stay."""
+        blocks = graph.spec.blocks
+        decoders = [self.edge_decoders[b.kind] if own else None for b, own in zip(blocks, changes, strict=True)]
+        encoders = [self.edge_encoders[block.kind] for block in blocks]
+        sizes = {"nodes": len(nodes), "hidden": self.config.hidden, "max_chunk_mb": self.config.max_chunk_mb}
+        tape = EdgeTape(blocks, graph.edge_features, encoders, decoders, **sizes)
+        token = tape.encode()
+        for layer in self.layers:
+            nodes, token = layer(nodes, tape, token)
+        made = iter(tape.decode(token, self.config.edge_ratio))
+        return nodes, [next(made) if own else None for own in changes]
+
+    def _by_edges(
+        self, graph: NetworkGraph, nodes: Tensor, changes: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        from gmn.layers_pyg import forward_pyg  # torch-geometric takes seconds to import
+
+        blocks = graph.spec.blocks
+        edges = [self.edge_encoders[b.kind](e) for b, e in zip(blocks, graph.edge_features, strict=True)]
         for layer in self.layers:
             assert isinstance(layer, MessageLayer)
-            nodes, edges = self._pass(layer, nodes, edges, spec.blocks)
-        new_nodes = graph.node_features + self.config.node_ratio * self.node_decoder(nodes)
-        weights = parametric(spec)
-        new_edges = tuple(
-            old + self.config.edge_ratio * self.edge_decoders[block.kind](state) if index in weights else old
-            for index, (block, old, state) in enumerate(zip(spec.blocks, graph.edge_features, edges, strict=True))
-        )
-        return graph.replace(new_nodes, new_edges)
-
-    def _pass(
-        self, layer: MessageLayer, nodes: Tensor, edges: list[Tensor], blocks: tuple[EdgeBlock, ...]
-    ) -> tuple[Tensor, list[Tensor]]:
-        if self.config.backend == "pyg":
-            from gmn.layers_pyg import forward_pyg  # torch-geometric takes seconds to import
-
-            return forward_pyg(layer, nodes, edges, blocks)
-        result: tuple[Tensor, list[Tensor]] = layer(nodes, edges, blocks)
-        return result
+            nodes, edges = forward_pyg(layer, nodes, edges, blocks)
+        each = zip(blocks, edges, changes, strict=True)
+        return nodes, [self.config.edge_ratio * self.edge_decoders[b.kind](e) if own else None for b, e, own in each]
 
     def check(self, spec: GraphSpec) -> None:
         """Raise ConversionError unless this metanetwork can read such a graph."""

@@ -69,12 +69,15 @@ def prune_recipe(
 def join(folder: Path) -> None:
     """Share the work of a vote run: tasks of its zoo that wait, then the comparison's trials, the last ones first."""
     job = reopened(folder)
+    if not (job.folder / NETWORK / "model.json").is_file():  # two processes would make two
+        hint = "join it when it prunes tasks; a stopped run goes on with gmn meta-train --resume"
+        raise RecipeError("the run has no network yet", got=str(folder), hint=hint)
     job.build()
     measured(job, planned(job)[::-1], "comparing, from the end")
 
 
 def reopened(folder: Path) -> VoteJob:
-    """A vote run that is there, to go on with; RecipeError if it is of the other method, or voted with another's zoo."""
+    """A vote run that is there, to go on with; RecipeError if it has no zoo of its own."""
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, VoteRecipe):
         raise RecipeError("the run has no zoo", expected="a run of a recipe with `method: vote`", got=str(folder))

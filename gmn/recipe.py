@@ -259,7 +259,7 @@ def _rejected(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> Rec
 
 
 def _wrong_value(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
-    wanted = re.sub(r"^.* should (be )?|^Value ", "", error["msg"])
+    wanted = re.sub(r"^.* should (be |have )?|^Value | after validation.*", "", error["msg"])
     if error["type"] in ("model_type", "dict_type"):
         wanted = "a mapping of keys"
     return RecipeError(

@@ -176,7 +176,7 @@ class VoteRecipe(Common):
     vote: Vote = Field(description="the vote and the fine-tuning after it")
     reptile: Reptile = Field(default_factory=Reptile, description="numbers of the baseline of that name")
     target: list[str] | None = Field(
-        default=None, description="for gmn prune: the task's classes by name; null: all of the data set"
+        default=None, min_length=2, description="for gmn prune: the task's classes by name; null: all of the data set"
     )
     report: VoteReport = Field(default_factory=VoteReport, description="comparisons and repetitions")
 

@@ -45,6 +45,6 @@ def study(
 
 def _numbers(option: str, text: str | None) -> list[int]:
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if any(not part.isdecimal() or int(part) < 1 for part in parts):
+    if (text is not None and not parts) or any(not part.isdecimal() or int(part) < 1 for part in parts):
         raise GmnError("not a list of numbers", expected="such as 1,3,10", got=repr(text), where=option)
     return sorted({int(part) for part in parts})

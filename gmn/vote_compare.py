@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -84,7 +86,8 @@ def _save(job: VoteJob, trial: Trial, finished: Finished, result: Result) -> Non
     save_model(job.run.folder / "models" / f"{trial.row}-seed{trial.seed}", finished.model, source, **facts, **result)
     if trial.row == "vote":
         path = job.run.folder / f"task-seed{trial.seed}.safetensors"
-        name = f"{job.recipe.name}-seed{trial.seed}"
+        classes = hashlib.sha256(json.dumps(target.class_names).encode()).hexdigest()[:8]
+        name = f"target-{classes}-seed{job.seed(trial.seed)}"  # two targets, two names: both can join a zoo
         task = dataclasses.replace(target, name=name, split="zoo", seed=job.seed(trial.seed))
         save_task(path, stored(job.backbone, job.zoo, job.data_of(target), task, finished.shrunk()))
         say(f"to let it vote next time: gmn zoo add {job.folder} {path}")

@@ -30,7 +30,7 @@ LAYERS = (
             "convert",
             "converters",
         ),
-        *("layers", "layers_pyg", "metanetwork"),
+        *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_tape"),
     },
     {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "overlap", "wordnet"},
     *(
@@ -81,7 +81,7 @@ LAYERS = (
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-BLIND = ("metanetwork", "layers", "layers_pyg", "vote")
+BLIND = ("metanetwork", "layers", "layers_pyg", "blockwise", "edge_tape", "vote")
 ARCHITECTURES = {"convert", "converters", "rules", "reader", "builder", "assemble", "flow", "records", "trace"} | {
     "cifar",
     "networks",

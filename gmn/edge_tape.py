@@ -1,0 +1,320 @@
+"""The edges of a graph through a metanetwork, in one buffer: forward in place, backward by rebuilding.
+
+The state of an edge after l layers is e_0 times a product of l factors of node vectors, so no layer's states are
+stored. The forward pass keeps the node vectors of every layer and one buffer of all edge states, which the backward
+pass fills with their gradients; what it needs of the states it rebuilds from the features, chunk by chunk.
+
+Three functions of autograd share a tape: encode, one per layer, decode. Each hands a token to the next, so that
+autograd runs their backward passes in the opposite order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from gmn.blockwise import Ends, Moments, Upstream, backward, joined, moments, scale
+from gmn.errors import ConversionError
+from gmn.graph import EdgeBlock
+
+CHUNK_MB = {"cpu": 1.0}  # fits into a core's cache; elsewhere many edges at a time
+LARGE_CHUNK_MB = 64.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some pieces of a block, or some of its targets: [g, o, I] edges, and the nodes at their ends."""
+
+    block: int
+    pieces: slice
+    rows: slice
+    shape: tuple[int, int, int]
+    dst: slice
+    src: slice
+
+
+def chunks(blocks: Sequence[EdgeBlock], hidden: int, elements: float) -> Iterator[Chunk]:
+    """Cut blocks into chunks of at most so many numbers, or of one row."""
+    for index, block in enumerate(blocks):
+        pieces, out, into, _ = block.shape
+        step_p = max(1, int(elements // (hidden * out * into)))
+        step_o = out if step_p > 1 else max(1, int(elements // (hidden * into)))
+        for p in range(0, pieces, step_p):
+            g = min(step_p, pieces - p)
+            for o in range(0, out, step_o):
+                rows = min(step_o, out - o)
+                dst, src = block.dst[0] + p * out + o, block.src[0] + p * into
+                nodes = slice(dst, dst + g * rows), slice(src, src + g * into)
+                yield Chunk(index, slice(p, p + g), slice(o, o + rows), (g, rows, into), *nodes)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the backward pass needs of a layer: node vectors [H, N], and the extremes with their ties."""
+
+    sent: Tensor
+    against: Tensor
+    left: Tensor
+    right: Tensor
+    along: Moments
+    back: Moments
+
+
+class EdgeTape:
+    """The edges of one graph on their way through one metanetwork.
+
+    Args:
+        blocks: Edge blocks.
+        features: [G, O, I, K] of each block.
+        encoders: Of each block.
+        decoders: Of each block; None where its features stay.
+        nodes: N.
+        hidden: H.
+        max_chunk_mb: Largest chunk; None chooses by device. The result does not depend on it but for rounding.
+
+    Raises:
+        ConversionError: if gradients of the features are asked for, which this backend does not compute.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[EdgeBlock],
+        features: Sequence[Tensor],
+        encoders: Sequence[nn.Module],
+        decoders: Sequence[nn.Module | None],
+        *,
+        nodes: int,
+        hidden: int,
+        max_chunk_mb: float | None = None,
+    ) -> None:
+        if torch.is_grad_enabled() and any(f.requires_grad for f in features):
+            raise ConversionError("edge features cannot have gradients in the blocks backend", hint="use backend: pyg")
+        self.blocks, self.features, self.nodes, self.hidden = blocks, features, nodes, hidden
+        self.encoders, self.decoders = encoders, decoders
+        sample = features[0]
+        megabytes = max_chunk_mb or CHUNK_MB.get(sample.device.type, LARGE_CHUNK_MB)
+        self.chunks = list(chunks(blocks, hidden, megabytes * 2**20 / sample.element_size()))
+        self.in_degree, self.out_degree = (sample.new_zeros(nodes) for _ in range(2))
+        for block in blocks:
+            _, out, into, _ = block.shape
+            self.in_degree[block.dst[0] : sum(block.dst)] += into
+            self.out_degree[block.src[0] : sum(block.src)] += out
+        self.layers: list[Layer] = []
+        self.states: list[Tensor] = []
+        self.keeps = torch.is_grad_enabled()
+        self.graded = False
+
+    # -- what the metanetwork calls ----------------------------------------------------------------------------------
+
+    def encode(self) -> Tensor:
+        """Fill the buffer; returns the first token."""
+        return _Encode.apply(self, *_parameters(self.encoders))  # type: ignore[no-any-return]
+
+    def layer(self, token: Tensor, sent: Tensor, inv: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        """The next token, and total, squares, high, low [N, H] of the messages along and against the edges."""
+        vectors = [v.T.contiguous() for v in (sent, sent * inv, left, right)]
+        found = _Layer.apply(self, token, *vectors)
+        return found[0], *(moment.T for moment in found[1:])
+
+    def decode(self, token: Tensor, ratio: float) -> list[Tensor]:
+        """[G, O, I, K] of each block that has a decoder: ratio times what it says of the final states."""
+        return list(_Decode.apply(self, ratio, token, *_parameters(self.decoders)))
+
+    # -- chunks ------------------------------------------------------------------------------------------------------
+
+    def own(self, vector: Tensor, nodes: slice, chunk: Chunk) -> Tensor:
+        """[b, n] of a chunk from [H, N]."""
+        return vector[:, nodes].reshape(self.hidden * chunk.shape[0], -1)
+
+    def ends(self, layer: Layer, chunk: Chunk) -> Ends:
+        targets = (self.own(v, chunk.dst, chunk) for v in (layer.against, layer.left, layer.right))
+        sources = (self.own(v, chunk.src, chunk) for v in (layer.left, layer.right))
+        return Ends(self.own(layer.sent, chunk.src, chunk), *targets, *sources)
+
+    def part(self, chunk: Chunk) -> Tensor:
+        """[K, edges]: a chunk's features."""
+        own = self.features[chunk.block][chunk.pieces, chunk.rows]
+        return own.reshape(-1, own.shape[-1]).T
+
+    def rebuilt(self, chunk: Chunk, layers: int) -> Tensor:
+        """[b, o, I]: a chunk's states after so many layers; bit for bit what they were."""
+        with torch.no_grad():
+            encoded = columns(self.encoders[chunk.block], self.part(chunk))
+            g, rows, into = chunk.shape
+            e = encoded.view(self.hidden * g, rows, into)
+            for layer in self.layers[:layers]:
+                e.mul_(scale(self.ends(layer, chunk)))
+        return e
+
+    def take_gradients(self) -> list[Tensor]:
+        """The buffer, which holds gradients from now on; zeros if nothing was decoded."""
+        if not self.graded:
+            self.graded = True
+            for state in self.states:
+                state.zero_()
+        return self.states
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+class _Encode(Function):
+    @staticmethod
+    def forward(ctx: Any, tape: EdgeTape, *parameters: Tensor) -> Tensor:
+        ctx.tape = tape
+        tape.states = [tape.rebuilt(chunk, 0) for chunk in tape.chunks]
+        return tape.features[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        tape: EdgeTape = ctx.tape
+        total = _Gradients(tape.encoders)
+        for chunk, grad in zip(tape.chunks, tape.take_gradients(), strict=True):
+            with torch.enable_grad():
+                encoded = columns(tape.encoders[chunk.block], tape.part(chunk))
+            total.add(tape.encoders[chunk.block], encoded, grad.view_as(encoded))
+        tape.states = []
+        return None, *total.of_all
+
+
+class _Layer(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tape: EdgeTape, token: Tensor, sent: Tensor, against: Tensor, left: Tensor, right: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.tape, ctx.number = tape, len(tape.layers)
+        none = sent.new_zeros(tape.hidden, tape.nodes)
+        high, low = torch.full_like(none, -torch.inf), torch.full_like(none, torch.inf)
+        found = [Moments(*(x.clone() for x in (none, none, high, low, none, none))) for _ in range(2)]
+        layer = Layer(sent, against, left, right, *found)
+        for chunk, e in zip(tape.chunks, tape.states, strict=True):
+            ends = tape.ends(layer, chunk)
+            _join(found[0], chunk.dst, moments(e, ends.sent, 2, ties=tape.keeps))
+            _join(found[1], chunk.src, moments(e, ends.against, 1, ties=tape.keeps))
+            e.mul_(scale(ends))
+        for own in found:  # nodes without a message
+            own.high.masked_fill_(own.high == -torch.inf, 0.0)
+            own.low.masked_fill_(own.low == torch.inf, 0.0)
+        if tape.keeps:
+            tape.layers.append(layer)
+        return token.clone(), *(x.clone() for own in found for x in own[:4])
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor, *grads: Tensor) -> Any:
+        tape: EdgeTape = ctx.tape
+        layer = tape.layers[ctx.number]
+        along, against = _upstream(grads[:4], layer.along), _upstream(grads[4:], layer.back)
+        found = [torch.zeros_like(layer.sent) for _ in range(4)]
+        for chunk, grad in zip(tape.chunks, tape.take_gradients(), strict=True):
+            e, ends = tape.rebuilt(chunk, ctx.number), tape.ends(layer, chunk)
+            at_dst = Upstream(*(tape.own(v, chunk.dst, chunk) for v in along))
+            at_src = Upstream(*(tape.own(v, chunk.src, chunk) for v in against))
+            own = backward(e, grad, ends, at_dst, at_src)
+            for total, at, value in (
+                (found[0], chunk.src, own.sent),
+                (found[1], chunk.dst, own.against),
+                (found[2], chunk.dst, own.left),
+                (found[2], chunk.src, own.left_src),
+                (found[3], chunk.dst, own.right),
+                (found[3], chunk.src, own.right_src),
+            ):
+                total[:, at] += value.reshape(tape.hidden, -1)
+        del tape.layers[ctx.number :]
+        return None, token, *found
+
+
+class _Decode(Function):
+    @staticmethod
+    def forward(ctx: Any, tape: EdgeTape, ratio: float, token: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.tape, ctx.ratio, ctx.depth = tape, ratio, len(tape.layers)
+        made = {i: torch.empty_like(tape.features[i]) for i, d in enumerate(tape.decoders) if d is not None}
+        for chunk, e in zip(tape.chunks, tape.states, strict=True):
+            decoder = tape.decoders[chunk.block]
+            if decoder is not None:
+                said = columns(decoder, e.view(tape.hidden, -1)).T
+                place = made[chunk.block][chunk.pieces, chunk.rows]
+                place.copy_(said.reshape(place.shape).mul_(ratio))
+        if not tape.keeps:
+            tape.states = []
+        return tuple(made.values())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        tape: EdgeTape = ctx.tape
+        if not tape.states:
+            raise ConversionError("the graph of the metanetwork was used up by an earlier backward pass")
+        total, tape.graded = _Gradients(tape.decoders), True
+        order = [index for index, decoder in enumerate(tape.decoders) if decoder is not None]
+        given = dict(zip(order, grads, strict=True))
+        for chunk, buffer in zip(tape.chunks, tape.states, strict=True):
+            decoder = tape.decoders[chunk.block]
+            if decoder is None:
+                buffer.zero_()
+                continue
+            grad = given[chunk.block][chunk.pieces, chunk.rows].reshape(-1, given[chunk.block].shape[-1]).T
+            e = tape.rebuilt(chunk, ctx.depth).view(tape.hidden, -1).requires_grad_()
+            with torch.enable_grad():
+                said = columns(decoder, e)
+            own = total.add(decoder, said, grad * ctx.ratio, e)
+            assert own is not None
+            buffer.copy_(own.view_as(buffer))
+        return None, None, grads[0].new_zeros(()), *total.of_all
+
+
+class _Gradients:
+    """Sums of the gradients of some modules' parameters, in the order of `_parameters`."""
+
+    def __init__(self, modules: Sequence[nn.Module | None]) -> None:
+        self.parameters = _parameters(modules)
+        self.of_all: list[Tensor | None] = [None] * len(self.parameters)
+
+    def add(self, module: nn.Module, output: Tensor, grad: Tensor, wanted: Tensor | None = None) -> Tensor | None:
+        """Add what an output's gradient means for a module's parameters; returns that for `wanted`."""
+        own = [p for p in module.parameters() if p.requires_grad]
+        inputs = own if wanted is None else [*own, wanted]
+        found = torch.autograd.grad(output, inputs, grad) if inputs else ()
+        for parameter, value in zip(own, found, strict=False):
+            index = next(i for i, known in enumerate(self.parameters) if known is parameter)
+            old = self.of_all[index]
+            self.of_all[index] = value if old is None else old.add_(value)
+        return None if wanted is None else found[-1]
+
+
+def _parameters(modules: Sequence[nn.Module | None]) -> list[Tensor]:
+    """Each parameter once: blocks of one kind share their encoder."""
+    return list({id(p): p for module in modules if module is not None for p in module.parameters()}.values())
+
+
+def _join(found: Moments, nodes: slice, own: Moments) -> None:
+    hidden = len(found.total)
+    old = Moments(*(value[:, nodes] for value in found))
+    new = joined(old, Moments(*(value.reshape(hidden, -1) for value in own)))
+    for target, value in zip(old, new, strict=True):
+        target.copy_(value)
+
+
+def _upstream(grads: Sequence[Tensor], found: Moments) -> Upstream:
+    """Gradients of the moments [H, N], those of the extremes shared by their ties."""
+    total, squares, high, low = grads
+    shared = high / found.high_ties.clamp(min=1), low / found.low_ties.clamp(min=1)
+    return Upstream(total, squares, *shared, found.high, found.low)
+
+
+def columns(module: nn.Module, x: Tensor) -> Tensor:
+    """An encoder or decoder on columns: [features, edges] to [features, edges]."""
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            x = columns(part, x)
+        return x
+    if isinstance(module, nn.Linear):
+        return torch.addmm(module.bias[:, None], module.weight, x)
+    if isinstance(module, nn.LayerNorm):
+        var, mean = torch.var_mean(x, 0, correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(var + module.eps)
+    return F.silu(x)
