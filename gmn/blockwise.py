@@ -47,39 +47,35 @@ class Upstream(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """What a layer knows of a chunk's nodes: B_j, B'_i, and c, d of both."""
+    """What a layer knows of a chunk's nodes: B_j, B'_i, and (c, d) of the targets and (d, c) of the sources."""
 
     sent: Tensor  # [b, I]
     against: Tensor  # [b, O]
-    left: Tensor  # [b, O] c_i
-    right: Tensor  # [b, O] d_i
-    left_src: Tensor  # [b, I] c_j
-    right_src: Tensor  # [b, I] d_j
+    dst: Tensor  # [b, O, 2]
+    src: Tensor  # [b, 2, I]
 
 
-def outer(targets: tuple[Tensor, ...], sources: tuple[Tensor, ...], *, plus: float = 0.0) -> Tensor:
-    """[b, O, I]: plus + sum over the pairs of t_i s_j."""
-    t, s = torch.stack(targets, 2), torch.stack(sources, 1)
+def product(t: Tensor, s: Tensor, *, plus: float = 0.0) -> Tensor:
+    """[b, O, I]: plus + t s, of t [b, O, k] and s [b, k, I]."""
     if t.shape[1] * s.shape[2] < SMALL:
         return (t[:, :, None, :] * s.transpose(1, 2)[:, None, :, :]).sum(3) + plus
-    return torch.baddbmm(t.new_full((1,), plus), t, s)
+    return torch.baddbmm(t.new_full((1,), plus), t, s) if plus else torch.bmm(t, s)
 
 
-def over_targets(x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """[b, I] each: sum_i x_ij v_i."""
-    v = torch.stack(vectors, 1)
+def over_targets(x: Tensor, v: Tensor) -> Tensor:
+    """[b, k, I]: sum_i v_ki x_ij, of x [b, O, I] and v [b, k, O]."""
     small = x.shape[1] * x.shape[2] < SMALL
-    return ((v[:, :, :, None] * x[:, None]).sum(2) if small else torch.bmm(v, x)).unbind(1)
+    return (v[:, :, :, None] * x[:, None]).sum(2) if small else torch.bmm(v, x)
 
 
-def over_sources(x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """[b, O] each: sum_j x_ij v_j."""
-    return over_targets(x.transpose(1, 2), *vectors)
+def over_sources(x: Tensor, v: Tensor) -> Tensor:
+    """[b, k, O]: sum_j v_kj x_ij."""
+    return over_targets(x.transpose(1, 2), v)
 
 
 def scale(ends: Ends) -> Tensor:
     """[b, O, I]: 1 + c_i d_j + d_i c_j."""
-    return outer((ends.left, ends.right), (ends.right_src, ends.left_src), plus=1.0)
+    return product(ends.dst, ends.src, plus=1.0)
 
 
 def moments(e: Tensor, sent: Tensor, axis: int, *, ties: bool) -> Moments:
@@ -105,23 +101,25 @@ def joined(old: Moments, new: Moments) -> Moments:
 def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upstream) -> Ends:
     """Gradients of the vectors of a chunk's nodes; `grad` [b, O, I], of the layer's e, becomes that of e before it.
 
+    In what is returned, `dst` is [b, 2, O] for c_i, d_i, and `src` [b, 2, I] for d_j, c_j.
+
     Args:
         e: The states before the layer.
         along, against: What comes back to the moments at the targets and at the sources.
     """
     ds = grad * e
-    left, right = over_sources(ds, ends.right_src, ends.left_src)
-    right_src, left_src = over_targets(ds, ends.left, ends.right)
+    dst = over_sources(ds, ends.src)
+    src = over_targets(ds, ends.dst.transpose(1, 2))
     grad.mul_(scale(ends))
     b, a = ends.sent, ends.against
-    grad += outer((along.total, a), (b, against.total))
-    grad.addcmul_(outer((2 * along.squares, 2 * a * a), (b * b, against.squares)), e)
+    grad += product(torch.stack((along.total, a), 2), torch.stack((b, against.total), 1))
+    grad.addcmul_(product(torch.stack((2 * along.squares, 2 * a * a), 2), torch.stack((b * b, against.squares), 1)), e)
     squares = torch.mul(e, e, out=ds)
-    sent = over_targets(e, along.total)[0] + 2 * b * over_targets(squares, along.squares)[0]
-    back = over_sources(e, against.total)[0] + 2 * a * over_sources(squares, against.squares)[0]
+    sent = over_targets(e, along.total[:, None])[:, 0] + 2 * b * over_targets(squares, along.squares[:, None])[:, 0]
+    back = over_sources(e, against.total[:, None])[:, 0] + 2 * a * over_sources(squares, against.squares[:, None])[:, 0]
     sent += _extreme(e, grad, b[:, None, :], along, 2, ds)
     back += _extreme(e, grad, a[:, :, None], against, 1, ds)
-    return Ends(sent, back, left, right, left_src, right_src)
+    return Ends(sent, back, dst, src)
 
 
 def _extreme(e: Tensor, grad: Tensor, factor: Tensor, upstream: Upstream, axis: int, scratch: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ autograd runs their backward passes in the opposite order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from gmn.address import Range
 from gmn.blockwise import Ends, Moments, Upstream, backward, joined, moments, scale
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
@@ -28,19 +30,31 @@ LARGE_CHUNK_MB = 64.0
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some pieces of a block, or some of its targets: [g, o, I] edges, and the nodes at their ends."""
+class Part:
+    """Some pieces of a block, and some of their targets."""
 
     block: int
     pieces: slice
     rows: slice
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Parts of one shape, [g, o, I] edges altogether, and the nodes at their ends; no node has two parts in it."""
+
+    parts: tuple[Part, ...]
     shape: tuple[int, int, int]
-    dst: slice
-    src: slice
+    dst: slice | Tensor
+    src: slice | Tensor
+
+    @property
+    def block(self) -> int:
+        """One of its blocks; all have the same encoder and decoder."""
+        return self.parts[0].block
 
 
-def chunks(blocks: Sequence[EdgeBlock], hidden: int, elements: float) -> Iterator[Chunk]:
-    """Cut blocks into chunks of at most so many numbers, or of one row."""
+def chunks(blocks: Sequence[EdgeBlock], hidden: int, elements: float) -> Iterator[tuple[Part, tuple[int, int, int]]]:
+    """Cut blocks into parts [g, o, I] of at most so many numbers, or of one row."""
     for index, block in enumerate(blocks):
         pieces, out, into, _ = block.shape
         step_p = max(1, int(elements // (hidden * out * into)))
@@ -49,9 +63,51 @@ def chunks(blocks: Sequence[EdgeBlock], hidden: int, elements: float) -> Iterato
             g = min(step_p, pieces - p)
             for o in range(0, out, step_o):
                 rows = min(step_o, out - o)
-                dst, src = block.dst[0] + p * out + o, block.src[0] + p * into
-                nodes = slice(dst, dst + g * rows), slice(src, src + g * into)
-                yield Chunk(index, slice(p, p + g), slice(o, o + rows), (g, rows, into), *nodes)
+                yield Part(index, slice(p, p + g), slice(o, o + rows)), (g, rows, into)
+
+
+def grouped(
+    blocks: Sequence[EdgeBlock], alike: Sequence[object], hidden: int, elements: float, device: torch.device
+) -> list[Chunk]:
+    """Chunks of at most so many numbers: parts of one shape lie in one, unless they share nodes.
+
+    Args:
+        alike: Of each block, what blocks of one chunk must have in common.
+    """
+    waiting: dict[Any, list[list[tuple[Part, Range, Range]]]] = {}
+    chosen: list[tuple[tuple[int, int, int], list[tuple[Part, Range, Range]]]] = []
+    for part, shape in chunks(blocks, hidden, elements):
+        dst, src = _nodes(blocks[part.block], part, shape)
+        groups = waiting.setdefault((shape, alike[part.block]), [])
+        most = max(1, int(elements // (hidden * math.prod(shape))))
+        fits = (own for own in groups if len(own) < most and not any(_meet(dst, d) or _meet(src, s) for _, d, s in own))
+        group = next(fits, None)
+        if group is None:
+            group = []
+            groups.append(group)
+            chosen.append((shape, group))
+        group.append((part, dst, src))
+    return [_chunk(shape, group, device) for shape, group in chosen]
+
+
+def _nodes(block: EdgeBlock, part: Part, shape: tuple[int, int, int]) -> tuple[Range, Range]:
+    _, out, into, _ = block.shape
+    g, rows, _ = shape
+    dst = block.dst[0] + part.pieces.start * out + part.rows.start
+    return (dst, dst + g * rows), (block.src[0] + part.pieces.start * into, block.src[0] + part.pieces.stop * into)
+
+
+def _meet(a: Range, b: Range) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _chunk(shape: tuple[int, int, int], group: list[tuple[Part, Range, Range]], device: torch.device) -> Chunk:
+    parts, dst, src = zip(*group, strict=True)
+    total = (shape[0] * len(parts), *shape[1:])
+    if len(parts) == 1:
+        return Chunk(parts, total, slice(*dst[0]), slice(*src[0]))
+    index = [torch.cat([torch.arange(*ends) for ends in side]).to(device) for side in (dst, src)]
+    return Chunk(parts, total, *index)
 
 
 @dataclass(frozen=True)
@@ -60,8 +116,8 @@ class Layer:
 
     sent: Tensor
     against: Tensor
-    left: Tensor
-    right: Tensor
+    dst: Tensor  # [H, N, 2]: c, d
+    src: Tensor  # [H, 2, N]: d, c
     along: Moments
     back: Moments
 
@@ -99,7 +155,8 @@ class EdgeTape:
         self.encoders, self.decoders = encoders, decoders
         sample = features[0]
         megabytes = max_chunk_mb or CHUNK_MB.get(sample.device.type, LARGE_CHUNK_MB)
-        self.chunks = list(chunks(blocks, hidden, megabytes * 2**20 / sample.element_size()))
+        alike = [(id(e), id(d)) for e, d in zip(encoders, decoders, strict=True)]
+        self.chunks = grouped(blocks, alike, hidden, megabytes * 2**20 / sample.element_size(), sample.device)
         self.in_degree, self.out_degree = (sample.new_zeros(nodes) for _ in range(2))
         for block in blocks:
             _, out, into, _ = block.shape
@@ -128,19 +185,27 @@ class EdgeTape:
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
-    def own(self, vector: Tensor, nodes: slice, chunk: Chunk) -> Tensor:
+    def own(self, vector: Tensor, nodes: slice | Tensor, chunk: Chunk) -> Tensor:
         """[b, n] of a chunk from [H, N]."""
         return vector[:, nodes].reshape(self.hidden * chunk.shape[0], -1)
 
     def ends(self, layer: Layer, chunk: Chunk) -> Ends:
-        targets = (self.own(v, chunk.dst, chunk) for v in (layer.against, layer.left, layer.right))
-        sources = (self.own(v, chunk.src, chunk) for v in (layer.left, layer.right))
-        return Ends(self.own(layer.sent, chunk.src, chunk), *targets, *sources)
+        g = chunk.shape[0]
+        dst = layer.dst[:, chunk.dst].reshape(self.hidden * g, -1, 2)
+        src = layer.src[:, :, chunk.src]
+        if g > 1:
+            src = src.reshape(self.hidden, 2, g, -1).transpose(1, 2).reshape(self.hidden * g, 2, -1)
+        return Ends(self.own(layer.sent, chunk.src, chunk), self.own(layer.against, chunk.dst, chunk), dst, src)
+
+    def scaled(self, e: Tensor, layer: Layer, chunk: Chunk) -> None:
+        """Take a chunk's states through a layer, in place."""
+        e.mul_(scale(self.ends(layer, chunk)))
 
     def part(self, chunk: Chunk) -> Tensor:
         """[K, edges]: a chunk's features."""
-        own = self.features[chunk.block][chunk.pieces, chunk.rows]
-        return own.reshape(-1, own.shape[-1]).T
+        own = [self.features[part.block][part.pieces, part.rows] for part in chunk.parts]
+        together = own[0] if len(own) == 1 else torch.cat(own)
+        return together.reshape(-1, together.shape[-1]).T
 
     def rebuilt(self, chunk: Chunk, layers: int) -> Tensor:
         """[b, o, I]: a chunk's states after so many layers; bit for bit what they were."""
@@ -149,7 +214,7 @@ class EdgeTape:
             g, rows, into = chunk.shape
             e = encoded.view(self.hidden * g, rows, into)
             for layer in self.layers[:layers]:
-                e.mul_(scale(self.ends(layer, chunk)))
+                self.scaled(e, layer, chunk)
         return e
 
     def take_gradients(self) -> list[Tensor]:
@@ -192,7 +257,7 @@ class _Layer(Function):
         none = sent.new_zeros(tape.hidden, tape.nodes)
         high, low = torch.full_like(none, -torch.inf), torch.full_like(none, torch.inf)
         found = [Moments(*(x.clone() for x in (none, none, high, low, none, none))) for _ in range(2)]
-        layer = Layer(sent, against, left, right, *found)
+        layer = Layer(sent, against, torch.stack((left, right), 2), torch.stack((right, left), 1), *found)
         for chunk, e in zip(tape.chunks, tape.states, strict=True):
             ends = tape.ends(layer, chunk)
             _join(found[0], chunk.dst, moments(e, ends.sent, 2, ties=tape.keeps))
@@ -206,27 +271,31 @@ class _Layer(Function):
         return token.clone(), *(x.clone() for own in found for x in own[:4])
 
     @staticmethod
-    def backward(ctx: Any, token: Tensor, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        token, *grads_of_moments = grads
         tape: EdgeTape = ctx.tape
         layer = tape.layers[ctx.number]
-        along, against = _upstream(grads[:4], layer.along), _upstream(grads[4:], layer.back)
-        found = [torch.zeros_like(layer.sent) for _ in range(4)]
+        along, against = _upstream(grads_of_moments[:4], layer.along), _upstream(grads_of_moments[4:], layer.back)
+        sent, back, left, right = (torch.zeros_like(layer.sent) for _ in range(4))
         for chunk, grad in zip(tape.chunks, tape.take_gradients(), strict=True):
-            e, ends = tape.rebuilt(chunk, ctx.number), tape.ends(layer, chunk)
+            g, e, ends = chunk.shape[0], tape.rebuilt(chunk, ctx.number), tape.ends(layer, chunk)
             at_dst = Upstream(*(tape.own(v, chunk.dst, chunk) for v in along))
             at_src = Upstream(*(tape.own(v, chunk.src, chunk) for v in against))
             own = backward(e, grad, ends, at_dst, at_src)
+            targets, sources = (
+                v.reshape(tape.hidden, g, 2, -1).transpose(1, 2).reshape(tape.hidden, 2, -1) for v in own[2:]
+            )
             for total, at, value in (
-                (found[0], chunk.src, own.sent),
-                (found[1], chunk.dst, own.against),
-                (found[2], chunk.dst, own.left),
-                (found[2], chunk.src, own.left_src),
-                (found[3], chunk.dst, own.right),
-                (found[3], chunk.src, own.right_src),
+                (sent, chunk.src, own.sent.reshape(tape.hidden, -1)),
+                (back, chunk.dst, own.against.reshape(tape.hidden, -1)),
+                (left, chunk.dst, targets[:, 0]),
+                (right, chunk.dst, targets[:, 1]),
+                (left, chunk.src, sources[:, 1]),
+                (right, chunk.src, sources[:, 0]),
             ):
-                total[:, at] += value.reshape(tape.hidden, -1)
+                total[:, at] += value
         del tape.layers[ctx.number :]
-        return None, token, *found
+        return None, token, sent, back, left, right
 
 
 class _Decode(Function):
@@ -237,9 +306,10 @@ class _Decode(Function):
         for chunk, e in zip(tape.chunks, tape.states, strict=True):
             decoder = tape.decoders[chunk.block]
             if decoder is not None:
-                said = columns(decoder, e.view(tape.hidden, -1)).T
-                place = made[chunk.block][chunk.pieces, chunk.rows]
-                place.copy_(said.reshape(place.shape).mul_(ratio))
+                said = columns(decoder, e.view(tape.hidden, -1)).mul_(ratio).T
+                for part, own in zip(chunk.parts, said.tensor_split(len(chunk.parts)), strict=True):
+                    place = made[part.block][part.pieces, part.rows]
+                    place.copy_(own.reshape(place.shape))
         if not tape.keeps:
             tape.states = []
         return tuple(made.values())
@@ -257,13 +327,14 @@ class _Decode(Function):
             if decoder is None:
                 buffer.zero_()
                 continue
-            grad = given[chunk.block][chunk.pieces, chunk.rows].reshape(-1, given[chunk.block].shape[-1]).T
+            own = [given[part.block][part.pieces, part.rows].flatten(0, 2) for part in chunk.parts]
+            grad = torch.cat(own).T
             e = tape.rebuilt(chunk, ctx.depth).view(tape.hidden, -1).requires_grad_()
             with torch.enable_grad():
                 said = columns(decoder, e)
-            own = total.add(decoder, said, grad * ctx.ratio, e)
-            assert own is not None
-            buffer.copy_(own.view_as(buffer))
+            back = total.add(decoder, said, grad * ctx.ratio, e)
+            assert back is not None
+            buffer.copy_(back.view_as(buffer))
         return None, None, grads[0].new_zeros(()), *total.of_all
 
 
@@ -291,12 +362,12 @@ def _parameters(modules: Sequence[nn.Module | None]) -> list[Tensor]:
     return list({id(p): p for module in modules if module is not None for p in module.parameters()}.values())
 
 
-def _join(found: Moments, nodes: slice, own: Moments) -> None:
+def _join(found: Moments, nodes: slice | Tensor, own: Moments) -> None:
     hidden = len(found.total)
     old = Moments(*(value[:, nodes] for value in found))
     new = joined(old, Moments(*(value.reshape(hidden, -1) for value in own)))
-    for target, value in zip(old, new, strict=True):
-        target.copy_(value)
+    for total, value in zip(found, new, strict=True):
+        total[:, nodes] = value
 
 
 def _upstream(grads: Sequence[Tensor], found: Moments) -> Upstream:

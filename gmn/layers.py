@@ -9,6 +9,7 @@ N nodes, H hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,18 +53,20 @@ class MessageLayer(nn.Module):
         nodes = self.norm(nodes)
         factor, sent = self.receive(nodes), self.send(nodes)
         token, *found = tape.layer(token, sent, self.inv, self.edge_left(nodes), self.edge_right(nodes))
-        along = statistics(factor, *found[:4], tape.in_degree)
-        against = statistics(factor, *found[4:], tape.out_degree)
+        along = statistics(factor, found[:4], tape.in_degree)
+        against = statistics(factor, found[4:], tape.out_degree)
         return nodes + self.aggregate(along) + self.aggregate(against), token
 
 
-def statistics(factor: Tensor, total: Tensor, squares: Tensor, high: Tensor, low: Tensor, degree: Tensor) -> Tensor:
-    """[N, 4H]: mean, std, max, min of factor * message, from moments [N, H] of the messages before the factor.
+def statistics(factor: Tensor, moments: Sequence[Tensor], degree: Tensor) -> Tensor:
+    """[N, 4H]: mean, std, max, min of factor * message.
 
     Args:
+        factor: [N, H], the receiver's.
+        moments: Total, squares, high, low [N, H] of the messages before the factor.
         degree: [N], number of messages; a node without messages gets 0.
     """
-    count = degree.clamp(min=1)[:, None]
+    (total, squares, high, low), count = moments, degree.clamp(min=1)[:, None]
     mean = factor * total / count
     var = factor * factor * squares / count - mean * mean
     std = var.clamp(min=VAR_FLOOR).sqrt()
