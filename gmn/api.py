@@ -97,6 +97,8 @@ def load_meta(path: Path) -> Meta:
 def load_voters(folder: Path) -> Voters:
     """A zoo and the network that it was made from; CheckpointError if one is missing."""
     zoo = Zoo.open(folder)
+    if not isinstance(zoo.about.get("ratio"), float):
+        raise CheckpointError("the zoo does not say how much was pruned", where=str(folder))
     model = load_network(folder)
     example = torch.zeros(1, *load_json(folder / NETWORK / "model.json")["input_shape"])
     backbone = Backbone.of(model, example, only_inside=zoo.about.get("pruner") == "heads")
@@ -203,7 +205,10 @@ def _elected(
         got = "no data" if data is None else f"speed_up={speed_up:g}"
         hint = f"the zoo decides how much goes: {voters.zoo.about['ratio']:.0%} of each layer's units"
         raise PruningError("a zoo votes for a task", expected="data=, and no speed_up", got=got, hint=hint)
-    Zoo.open(voters.zoo.folder, Backbone.of(model, example_inputs).about())
+    own, theirs = model.state_dict(), voters.backbone.model.state_dict()
+    if own.keys() != theirs.keys() or not all(torch.equal(own[name].cpu(), theirs[name].cpu()) for name in own):
+        hint = "voters.backbone.model is the one that its tasks share"
+        raise PruningError("the zoo is of another network", where=str(voters.zoo.folder), hint=hint)
     return _result(voters.elect(data, **options), cost(model, example_inputs), example_inputs, data)
 
 

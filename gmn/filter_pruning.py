@@ -77,11 +77,12 @@ def filter_prune(
     current = clone(model)
     stages = _Stages(split, config, example_inputs, seed * 1009, augment)
     stages.train_head(current, head_of(spec), config.head_iterations)
-    for _ in range(rounds):
+    for number in range(rounds):
         stages.train(current, config.interval)
         spec_now = to_graph(current, example_inputs).spec
         left = _restrict(coupled, nodes)
-        keep = _weakest_dropped(_scores(current, spec_now, left, split, config), left, floor, share)
+        own = share if number < rounds - 1 else 1.0  # the last round goes down to the floor, whatever was rounded
+        keep = _weakest_dropped(_scores(current, spec_now, left, split, config), left, floor, own)
         stages.count_scores(current)
         mask = KeepMask(left.nodes(keep))
         current = remove(current, spec_now, mask, example_inputs, coupled=left)
@@ -137,7 +138,7 @@ def _weakest_dropped(scores: Tensor, coupled: Couplings, floor: Tensor, share: f
     keep = torch.ones(coupled.num_channels, dtype=torch.bool)
     for g in coupled.group[coupled.prunable].unique().tolist():
         members = (coupled.group == g).nonzero().flatten()
-        count = min(round(share * len(members)), len(members) - int(floor[g]))
+        count = min(max(1, round(share * len(members))), len(members) - int(floor[g]))
         keep[members[scores[members].argsort()[: max(count, 0)]]] = False
     return keep
 

@@ -34,12 +34,10 @@ class FilterPruning(Section):
         5
         """
         share = steps / self.total
-        iterations = max(1, round(self.iterations * share))
-        parts = {"head_iterations": round(self.head_iterations * share), "iterations": iterations}
-        last = max(0, steps - sum(parts.values()))
-        return self.model_copy(
-            update={**parts, "interval": max(1, int(self.interval * share)), "final_iterations": last}
-        )
+        head = min(round(self.head_iterations * share), steps - 1)
+        iterations = max(1, min(round(self.iterations * share), steps - head))
+        parts = {"head_iterations": head, "iterations": iterations, "final_iterations": steps - head - iterations}
+        return self.model_copy(update={**parts, "interval": max(1, int(self.interval * share))})
 
 
 class HeadPruning(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from gmn.errors import CheckpointError, DataError, GmnError
 from gmn.job import Job
 from gmn.names import nearest
 from gmn.neighbours import Ranking, ranking
-from gmn.progress import say, track
+from gmn.progress import say
 from gmn.ranking import nothing_to_prune
 from gmn.reptile import reptile
 from gmn.run import Run
@@ -28,9 +27,9 @@ from gmn.simsiam import pretrain
 from gmn.tasks import sample_tasks, task_data, with_head
 from gmn.zoo import Task, Zoo
 from gmn.zoo_build import build_zoo, pruner
+from gmn.zoo_task import to_text
 
 REPTILE = "reptile"  # folder beside the tasks of a zoo
-POLL = 2.0  # seconds
 
 
 class VoteJob(Job):
@@ -78,8 +77,8 @@ class VoteJob(Job):
         if self.foreign:
             about = Zoo.open(self.folder).about
             heads = about.get("pruner") == "heads"
-            if about.get("ratio") not in (None, self.recipe.ratio):
-                say(f"the zoo was pruned by {about['ratio']:g}, the recipe wants {self.recipe.ratio:g}")
+            if about.get("ratio") != self.recipe.ratio:
+                say(f"the zoo was pruned by {to_text(about.get('ratio'))}, the recipe wants {self.recipe.ratio:g}")
         return Backbone.of(model, self.example, only_inside=heads)
 
     def trained(self) -> nn.Module:
@@ -139,10 +138,6 @@ class VoteJob(Job):
         self.zoo.plan(task for task in self.tasks if task.split == "zoo")
         prune = pruner(self.recipe.zoo.pruning, self.example, self.recipe.ratio, augment=self.augment)
         build_zoo(self.backbone, self.data, self.zoo, prune)
-        while waiting := self.zoo.counts()["planned"]:  # other processes work on them; what they leave is taken up
-            with track(f"waiting for {waiting} tasks of other processes", 1):
-                time.sleep(POLL)
-            build_zoo(self.backbone, self.data, self.zoo, prune)
         done = len(self.zoo.tasks(split="zoo"))
         if done < self.recipe.vote.neighbours:
             failed = next(iter(self.zoo.tasks(status="failed")), None)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gmn.recipe import load_recipe
 from gmn.settings import Recipe
+from gmn.settings_vote import VoteRecipe
 
 TINY = [
     *("data.limit=200", "network.options={width: 4, shortcut: B}"),
@@ -42,3 +45,31 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
+
+
+VOTE_TINY = [
+    *("data.limit=300", "network.options={width: 8, shortcut: B}"),
+    *("pretrain.fit={epochs: 8, lr: 0.1, batch_size: 32}", "ratio=0.5"),
+    *("zoo.tasks=12", "zoo.targets=2", "zoo.classes=[3]"),
+    "zoo.filters={iterations: 8, interval: 8, final_iterations: 2, lr: 0.02, batch_size: 16, score_images: 40}",
+    f"similarity.parents={json.dumps({str(digit): 'digit' for digit in range(10)})}",
+    *("similarity.images=60", "vote.fit={iterations: 10, lr: 0.02, schedule: cosine, batch_size: 16}"),
+    *("reptile={rounds: 2, iterations: 2, batch_size: 16}", "report.seeds=2", "report.long=2"),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_vote_recipe() -> VoteRecipe:
+    """The other built-in recipe, shortened to seconds: zoo, vote and all baselines."""
+    recipe = load_recipe("graph-mask-voting", VOTE_TINY)
+    assert isinstance(recipe, VoteRecipe)
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def vote_run(tiny_vote_recipe: VoteRecipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run of that recipe and its report; copy the folder before changing it."""
+    from gmn import pipeline
+
+    folder = tmp_path_factory.mktemp("runs") / "votes"
+    return folder, pipeline.meta_train(tiny_vote_recipe, folder)

@@ -56,7 +56,7 @@ def wrong(command: Command, cwd: Path, *arguments: str) -> str:
 def test_mistakes_in_the_call(command: Command, tmp_path: Path) -> None:
     assert "'quickstart'" in wrong(command, tmp_path, "meta-train", "quickstrat")
     assert "'epochs'" in wrong(command, tmp_path, "meta-train", "quickstart", "--set", "meta_train.epoch=3")
-    assert "no metanetwork here" in wrong(command, tmp_path, "prune", "quickstart", "--meta", "nowhere")
+    assert "nothing learnt here" in wrong(command, tmp_path, "prune", "quickstart", "--meta", "nowhere")
     assert "not a run folder" in wrong(command, tmp_path, "report", "nowhere")
     assert list(tmp_path.iterdir()) == []
 

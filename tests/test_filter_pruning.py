@@ -140,3 +140,12 @@ def test_a_network_of_which_nothing_may_go() -> None:
         PruningError, match=r"nothing can be pruned: all channels must stay: network input; network output"
     ):
         filter_prune(model, task(), FilterPruning(**QUICK), example(), ratio=0.5)
+
+
+@pytest.mark.parametrize(("interval", "ratio", "left"), [(1, 0.9, 2), (2, 0.5, 8), (20, 0.75, 4)])
+def test_small_layers_reach_their_ratio_too(interval: int, ratio: float, left: int) -> None:
+    """16 units in 20 rounds: a share of 11 % is less than one unit towards the end."""
+    config = FilterPruning(**{**QUICK, "iterations": 20, "interval": interval})
+    shrunk = filter_prune(small(Residual(16), width=16), task(), config, example(), ratio=ratio)
+    assert shrunk.model[0].out_channels == left
+    assert [m.out_channels for m in shrunk.model.modules() if isinstance(m, nn.Conv2d)] == [left] * 3

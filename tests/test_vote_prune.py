@@ -1,30 +1,38 @@
-"""Contract of `gmn.vote_prune`: the whole way of meta-vote pruning on handwritten digits, small.
+"""Contract of `gmn.zoo_build`, `gmn.neighbours` and `gmn.vote_prune`: meta-vote pruning on handwritten digits, small.
 
 * Every planned task is pruned once and stored with what later steps need; a task that fails does not stop the others.
 * A stored task comes back as the network it was; every similarity finds neighbours, the same classes nearest.
+* A damaged task, or one of other tensors than expected, is named and never among the neighbours.
 * The vote gives a network of the wanted size that starts from its neighbours: better than one from nowhere.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from zoo_tasks import flip, path_of
 
+from gmn.backbone import Backbone, prototypes
 from gmn.bench_vote import vote_cost
 from gmn.data import Data, load_data
 from gmn.errors import GmnError
+from gmn.neighbours import Ranking, ranking
 from gmn.networks import build_network
-from gmn.settings import FilterPruning, Fit
+from gmn.settings import Fit
+from gmn.settings_vote import FilterPruning
 from gmn.similarity import similarity_by_name
 from gmn.surgery import remove
 from gmn.tasks import sample_tasks, task_data, with_head
 from gmn.training import evaluate, fit
-from gmn.vote_prune import Backbone, build_zoo, nearest, vote_for
+from gmn.vote_prune import vote_for
 from gmn.zoo import Task, Zoo
+from gmn.zoo_build import Pruner, build_zoo, pruner
 
-SHORT = FilterPruning(ratio=0.5, iterations=20, interval=10, batch_size=32, lr=0.02, final_epochs=1, score_images=100)
+SHORT = FilterPruning(iterations=20, interval=10, batch_size=32, lr=0.02, final_iterations=13, score_images=100)
 QUICK = Fit(epochs=1, lr=0.02, batch_size=32, images_per_epoch=320)  # ten steps
 
 
@@ -42,19 +50,24 @@ def backbone(digits: Data) -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, digits: Data) -> Zoo:
+def prune(digits: Data) -> Pruner:
+    return pruner(SHORT, digits.example_inputs(), 0.5)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, digits: Data, prune: Pruner) -> Zoo:
     zoo = Zoo.create(tmp_path_factory.mktemp("zoo"), backbone.about(ratio=0.5))
-    zoo.plan(sample_tasks(digits.class_names, [3], 5, 1, seed=0))
+    zoo.plan(task for task in sample_tasks(digits.class_names, [3], 5, 1, seed=0) if task.split == "zoo")
     zoo.plan([Task("wrong", (3, 99), ("3", "99"))])
-    assert build_zoo(backbone, digits, zoo, SHORT) == 6
+    assert build_zoo(backbone, digits, zoo, prune) == 5
     return zoo
 
 
-def test_every_task_is_pruned_once_and_stored(zoo: Zoo, backbone: Backbone, digits: Data) -> None:
-    assert zoo.counts()["done"] == 6
+def test_every_task_is_pruned_once_and_stored(zoo: Zoo, backbone: Backbone, digits: Data, prune: Pruner) -> None:
+    assert zoo.counts() == {"planned": 0, "done": 5, "failed": 1}
     failed = zoo.task("wrong")
     assert (failed.status, "no such class" in failed.error) == ("failed", True)
-    assert build_zoo(backbone, digits, zoo, SHORT) == 0
+    assert build_zoo(backbone, digits, zoo, prune) == 0
     assert zoo.verify() == []
     for task in zoo.tasks():
         _, mask, weights = zoo.load(task.name)
@@ -68,20 +81,27 @@ def test_every_task_is_pruned_once_and_stored(zoo: Zoo, backbone: Backbone, digi
         assert zoo.load_extra(task.name)["prototypes"].shape == (3, 64)
 
 
+def found_by(name: str, backbone: Backbone, zoo: Zoo, data: Data, parents: dict[str, str] | None = None) -> Ranking:
+    return ranking(backbone, zoo, data, similarity_by_name(name), parents=parents, images=200)
+
+
 @pytest.mark.parametrize("name", ["prototypes", "leep", "shared_classes", "shared_parents"])
 def test_the_same_classes_are_nearest(name: str, zoo: Zoo, backbone: Backbone, digits: Data) -> None:
     parents = {digit: "even" if int(digit) % 2 == 0 else "odd" for digit in digits.class_names}
     task = zoo.tasks(split="zoo")[2]
-    found = nearest(backbone, zoo, task_data(digits, task.classes), similarity_by_name(name), 3, parents=parents)
-    assert len(set(found)) == 3
+    found = found_by(name, backbone, zoo, task_data(digits, task.classes), parents)
+    assert sorted(found.names) == [task.name for task in zoo.tasks()]
+    assert list(found.scores) == sorted(found.scores, reverse=True)
+    assert sorted(name for number in range(1, 6) for name in found.group(number)) == sorted(found.names)
+    assert (found.flops > 0) == (name in ("prototypes", "leep"))
     if name != "shared_parents":  # several tasks have an odd and an even digit
-        assert found[0] == task.name
+        assert found.nearest(3)[0] == task.name
 
 
 def test_a_vote_starts_from_its_neighbours(zoo: Zoo, backbone: Backbone, digits: Data) -> None:
-    (target,) = zoo.tasks(split="target")
+    target = sample_tasks(digits.class_names, [3], 5, 1, seed=0)[-1]
     data = task_data(digits, target.classes)
-    names = nearest(backbone, zoo, data, similarity_by_name("prototypes"), 3)
+    names = found_by("prototypes", backbone, zoo, data).nearest(3)
     model, mask = vote_for(backbone, zoo, names, data, QUICK, ratio=0.5, seed=0)
     mask.validate(backbone.spec, backbone.coupled)
     again, same = vote_for(backbone, zoo, names, data, QUICK, ratio=0.5, seed=0)
@@ -98,8 +118,62 @@ def test_a_vote_starts_from_its_neighbours(zoo: Zoo, backbone: Backbone, digits:
 
 
 def test_too_few_neighbours(zoo: Zoo, backbone: Backbone, digits: Data) -> None:
-    with pytest.raises(GmnError, match="too small: expected 9 tasks that are done; got 5"):
-        nearest(backbone, zoo, task_data(digits, (0, 1)), similarity_by_name("prototypes"), 9)
+    with pytest.raises(GmnError, match="too small: expected 9 sound tasks; got 5"):
+        found_by("prototypes", backbone, zoo, task_data(digits, (0, 1))).nearest(9)
+
+
+def copied(zoo: Zoo, folder: Path) -> Zoo:
+    return Zoo.open(shutil.copytree(zoo.folder, folder / "zoo"))
+
+
+@pytest.mark.parametrize("name", ["prototypes", "leep", "shared_classes"])
+def test_a_damaged_task_is_named_and_no_neighbour(
+    name: str, zoo: Zoo, backbone: Backbone, digits: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, whole = zoo.tasks()[2], copied(zoo, tmp_path)
+    data = task_data(digits, bad.classes)
+    flip(path_of(whole, bad.name))
+    found, sound = found_by(name, backbone, whole, data), found_by(name, backbone, zoo, data)
+    assert f"skipped {bad.name}: " in capsys.readouterr().err
+    kept = [pair for pair in zip(sound.names, sound.scores, strict=True) if pair[0] != bad.name]
+    assert list(zip(found.names, found.scores, strict=True)) == kept
+
+
+def test_a_task_of_other_tensors_does_no_harm(
+    zoo: Zoo, backbone: Backbone, digits: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`gmn zoo add` takes what says that it is for the same network: its tensors need not be what gmn would write."""
+    own, data = copied(zoo, tmp_path), task_data(digits, (1, 2, 3))
+    task, mask, weights = own.load(own.tasks()[0].name)
+    extra = own.load_extra(task.name)
+    fresh = {"status": "planned", "file": "", "sha256": "", "bytes": 0}
+    strangers = ("bare", "headless", "wide", "loud", "odd")
+    bare, headless, wide, loud, odd = (dataclasses.replace(task, name=name, **fresh) for name in strangers)
+    own.add(bare, mask.keep, weights)
+    own.add(headless, mask.keep, {name: t for name, t in weights.items() if name != f"{backbone.head}.weight"}, extra)
+    own.add(wide, mask.keep, {**weights, "conv1.weight": torch.zeros(99, 1, 3, 3)}, extra)
+    own.add(
+        loud,
+        mask.keep,
+        {name: torch.full_like(t, 1e38) if t.is_floating_point() else t for name, t in weights.items()},
+        extra,
+    )
+    own.add(odd, mask.keep, weights, {"prototypes": torch.zeros(99, 64)})
+    found = found_by("leep", backbone, own, data)
+    said = capsys.readouterr().err
+    assert [f"skipped {name}: " in said for name in strangers] == [False, True, True, True, True]
+    assert set(found.names) == {"bare", *(task.name for task in zoo.tasks())}
+    assert found.scores[found.names.index("bare")] == found.scores[found.names.index(task.name)]
+    with pytest.raises(GmnError, match="'prototypes' needs prototypes"):
+        found_by("prototypes", backbone, own, data)
+
+
+def test_a_task_may_have_more_classes_than_the_network(digits: Data) -> None:
+    """Classes of other data than those of the pre-training."""
+    torch.manual_seed(0)
+    options = {"shortcut": "B", "width": 4}
+    model = build_network("cifar.resnet8", num_classes=3, in_channels=1, options=options).eval()
+    assert prototypes(Backbone.of(model, digits.example_inputs()), digits).shape == (10, 16)
 
 
 def test_a_zoo_of_another_network(tmp_path: Path, zoo: Zoo, digits: Data) -> None:
