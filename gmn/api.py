@@ -98,7 +98,7 @@ def load_voters(folder: Path) -> Voters:
     """A zoo and the network that it was made from; CheckpointError if one is missing."""
     zoo = Zoo.open(folder)
     if not isinstance(zoo.about.get("ratio"), float):
-        raise CheckpointError("the zoo does not say how much was pruned", where=str(folder))
+        raise CheckpointError("the zoo does not say its ratio", expected="how much was pruned", where=str(folder))
     model = load_network(folder)
     example = torch.zeros(1, *load_json(folder / NETWORK / "model.json")["input_shape"])
     backbone = Backbone.of(model, example, only_inside=zoo.about.get("pruner") == "heads")
