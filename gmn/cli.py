@@ -134,9 +134,7 @@ def convert(
     convert_cli.convert(model, output, choices, overwrite=overwrite)
 
 
-@app.command(
-    epilog="Example:  gmn join runs/graph-mask-voting   (while gmn meta-train works on it elsewhere)"
-)
+@app.command(epilog="Example:  gmn join runs/graph-mask-voting   (while gmn meta-train works on it elsewhere)")
 def join(run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")]) -> None:
     """Share the work of a vote run that is under way: tasks of its zoo, then its comparison from the end."""
     from gmn import pipeline
@@ -197,6 +195,29 @@ def bench_vote(
     from gmn import bench_vote as bench
 
     bench.show(bench.vote_cost(network, tasks, neighbours))
+
+
+METANETWORK = "Example:  gmn bench metanetwork --graphs resnet56 --threads 1   (pyg alone wants gigabytes and minutes)"
+
+
+@bench_app.command("metanetwork", epilog=METANETWORK)
+def bench_metanetwork(
+    graphs: Annotated[str, typer.Option("--graphs", help="Of resnet20, resnet56, vgg19, resnet50, vit_b_16.")] = (
+        "resnet20,resnet56"
+    ),
+    backends: Annotated[str, typer.Option("--backends", help="blocks, pyg.")] = "blocks,pyg",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each process.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes of each, after one to warm up.")] = 7,
+    backward: Annotated[bool, typer.Option("--backward/--forward", help="With the backward pass or without.")] = True,
+    chunk_mb: Annotated[float | None, typer.Option("--chunk-mb", help="max_chunk_mb of the blocks backend.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
+) -> None:
+    """Time a pass through a metanetwork and its peak memory, the backends taking turns."""
+    from gmn import bench_metanetwork as bench
+
+    names, ways = ([part.strip() for part in text.split(",")] for text in (graphs, backends))
+    found = bench.bench(names, ways, threads=threads, backward=backward, rounds=rounds, chunk_mb=chunk_mb)
+    bench.show(found, output)
 
 
 zoo_app = typer.Typer(no_args_is_help=True, help="The pruned tasks of a network: list, check, add.")

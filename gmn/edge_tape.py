@@ -349,12 +349,12 @@ class _Gradients:
         """Add what an output's gradient means for a module's parameters; returns that for `wanted`."""
         own = [p for p in module.parameters() if p.requires_grad]
         inputs = own if wanted is None else [*own, wanted]
-        found = torch.autograd.grad(output, inputs, grad) if inputs else ()
+        found: Sequence[Tensor] = torch.autograd.grad(output, inputs, grad) if inputs else ()
         for parameter, value in zip(own, found, strict=False):
             index = next(i for i, known in enumerate(self.parameters) if known is parameter)
             old = self.of_all[index]
             self.of_all[index] = value if old is None else old.add_(value)
-        return None if wanted is None else found[-1]
+        return None if wanted is None else found[len(own)]
 
 
 def _parameters(modules: Sequence[nn.Module | None]) -> list[Tensor]:

@@ -55,7 +55,7 @@ LAYERS = (
         | {"zoo", "zoo_check", "zoo_claims", "zoo_files", "zoo_format"}
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
         {"subject", "convert_cli", "zoo_cli"}
-        | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote"}
+        | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote", "bench_metanetwork"}
         | {
             "pipeline",
             "compare",
