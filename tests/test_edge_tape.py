@@ -1,0 +1,168 @@
+"""Contract of `gmn.edge_tape` and `gmn.blockwise`.
+
+* Gradients are those of the formula, in double precision, by finite differences, ties among messages included.
+* The size of the chunks changes nothing but the last bits; no node lies in two parts of one chunk.
+* Every edge lies in exactly one chunk, and chunks keep to their size where one row does.
+* Memory: one buffer of all edge states, whatever the number of layers.
+* What it cannot do it refuses: gradients of features, a second backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import Residual, depthwise, small
+
+from gmn.convert import to_graph
+from gmn.edge_tape import chunks, grouped
+from gmn.errors import ConversionError
+from gmn.graph import EdgeBlock, NetworkGraph
+from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
+
+
+def graph_of(model: nn.Module) -> NetworkGraph:
+    graph = to_graph(model, torch.zeros(1, 3, 8, 8))
+    return graph.replace(graph.node_features.double(), tuple(e.double() for e in graph.edge_features))
+
+
+def metanetwork(graph: NetworkGraph, **options: object) -> MetaNetwork:
+    torch.manual_seed(0)
+    size = {"layers": 2, "hidden": 4, "zero_init": False, "node_ratio": 0.5, "edge_ratio": 0.5, **options}
+    return MetaNetwork(MetaNetworkConfig(len(graph.spec.columns), graph.spec.edge_kinds, **size)).double()
+
+
+def outputs(meta: MetaNetwork, graph: NetworkGraph) -> list[Tensor]:
+    new = meta(graph)
+    return [new.node_features, *new.edge_features]
+
+
+def loss_of(meta: MetaNetwork, graph: NetworkGraph) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    draws = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in outputs(meta, graph))
+    pairs = zip(outputs(meta, graph), draws, strict=True)
+    return torch.stack([(x * r).sum() for x, r in pairs]).sum()
+
+
+@pytest.mark.parametrize("make", [lambda: small(Residual(4), width=4), depthwise, lambda: small(Residual(groups=3))])
+def test_gradients_by_finite_differences(make: object) -> None:
+    graph = graph_of(make())  # type: ignore[operator]
+    meta = metanetwork(graph)
+    parameters = dict(meta.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(loss_of(meta, graph), list(parameters.values())), strict=True))
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in parameters.items():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        step, values = 1e-6 * direction / direction.norm(), []
+        with torch.no_grad():
+            for sign in (1, -1):
+                parameter.add_(sign * step)
+                values.append(float(loss_of(meta, graph)))
+                parameter.sub_(sign * step)
+        expected = (values[0] - values[1]) / 2e-6
+        found = float((gradients[name] * direction).sum() / direction.norm())
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
+def test_tied_extremes_share_the_gradient() -> None:
+    """Equal sources with equal edges send equal messages: autograd of the reference splits evenly, and so do we."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(0.3)
+        model[2].weight.fill_(-0.2)
+    graph = to_graph(model, torch.zeros(1, 3, dtype=torch.float64))
+    gradients = []
+    for backend in ("blocks", "pyg"):
+        meta = metanetwork(graph, backend=backend)
+        gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters())))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("megabytes", [1e-5, 1e-3, 0.01, 100.0])
+def test_the_size_of_chunks_does_not_matter(megabytes: float) -> None:
+    graph = graph_of(small(Residual(), depthwise()[1], Residual(groups=3)))
+    results = []
+    for size in (None, megabytes):
+        meta = metanetwork(graph, max_chunk_mb=size)
+        new = outputs(meta, graph)
+        results.append([*new, *torch.autograd.grad(loss_of(meta, graph), list(meta.parameters()))])
+    for usual, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, usual, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("elements", [1, 100, 3_000, 1e9])
+def test_every_edge_is_in_one_chunk(elements: float) -> None:
+    blocks = (
+        *(EdgeBlock(f"a{i}", (0, 6), (6 + 5 * i, 5), 1, (3, 3)) for i in range(3)),
+        EdgeBlock("grouped", (6, 6), (21, 9), 3, (1, 1)),
+        EdgeBlock("diagonal", (0, 6), (30, 6), 6, (3, 3)),
+    )
+    whole = grouped(blocks, [0, 0, 0, 1, 1], 2, elements, torch.device("cpu"))
+    seen = [torch.zeros(block.shape[:3], dtype=torch.int64) for block in blocks]
+    for chunk in whole:
+        for part in chunk.parts:
+            seen[part.block][part.pieces, part.rows] += 1
+        for side in (chunk.dst, chunk.src):
+            nodes = torch.arange(99)[side]
+            assert len(nodes.unique()) == len(nodes)
+        g, rows, into = chunk.shape
+        assert 2 * g * rows * into <= elements or (len(chunk.parts), g, rows) == (1, 1, 1)
+    assert all(bool((count == 1).all()) for count in seen)
+    assert len(whole) <= len(list(chunks(blocks, 2, elements)))
+
+
+def test_blocks_of_one_shape_that_share_no_nodes_are_one_chunk() -> None:
+    blocks = tuple(EdgeBlock(f"b{i}", (8 * i, 4), (8 * i + 4, 4), 1, (1, 1)) for i in range(5))
+    (chunk,) = grouped(blocks, [0] * 5, 2, 1e6, torch.device("cpu"))
+    assert (len(chunk.parts), chunk.shape) == (5, (5, 4, 4))
+    chain = tuple(EdgeBlock(f"c{i}", (4 * i, 4), (4 * i + 4, 4), 1, (1, 1)) for i in range(5))
+    assert len(grouped(chain, [0] * 5, 2, 1e6, torch.device("cpu"))) == 1  # a target here may be a source there
+    same = tuple(dataclasses.replace(chain[0], name=str(i)) for i in range(5))
+    assert len(grouped(same, [0] * 5, 2, 1e6, torch.device("cpu"))) == 5
+    assert len(grouped(blocks, [0, 0, 0, 1, 1], 2, 1e6, torch.device("cpu"))) == 2
+
+
+def test_one_buffer_whatever_the_number_of_layers() -> None:
+    """Bytes that autograd keeps between forward and backward, node vectors and features left out."""
+    graph = graph_of(small(nn.Conv2d(6, 200, 1), nn.Conv2d(200, 200, 1), nn.Conv2d(200, 6, 1)))
+    edges = sum(e[..., 0].numel() for e in graph.edge_features)
+    kept = []
+    for layers in (1, 6):
+        meta = metanetwork(graph, layers=layers, hidden=32)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
+            meta(graph)
+        kept.append(max(sizes))
+    assert kept[0] < edges * 32 / 4
+    assert kept[1] == kept[0]
+
+
+def test_what_it_refuses() -> None:
+    graph = graph_of(small(Residual(4), width=4))
+    meta = metanetwork(graph)
+    loss = loss_of(meta, graph)
+    loss.backward(retain_graph=True)
+    with pytest.raises(ConversionError, match="used up by an earlier backward pass"):
+        loss.backward()
+    wanted = graph.replace(graph.node_features, tuple(e.clone().requires_grad_() for e in graph.edge_features))
+    with pytest.raises(ConversionError, match="use backend: pyg"):
+        meta(wanted)
+    with torch.no_grad():
+        meta(wanted)
+
+
+def test_nodes_alone_have_gradients_too() -> None:
+    """A loss that never looks at an edge."""
+    graph = graph_of(small(Residual(4), width=4))
+    gradients = []
+    for backend in ("blocks", "pyg"):
+        meta = metanetwork(graph, backend=backend)
+        found = torch.autograd.grad(
+            meta(graph).node_features.square().sum(), list(meta.parameters()), allow_unused=True
+        )
+        gradients.append([torch.zeros(()) if g is None or not g.any() else g for g in found])
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-10)
