@@ -65,10 +65,10 @@ def caption(report: dict[str, Any]) -> str:
 def human(value: float) -> str:
     """A number as people read it.
 
-    >>> human(41_216_000), human(950), human(1.2e9)
-    ('41.2 M', '950', '1.2 G')
+    >>> human(41_216_000), human(950), human(1.2e9), human(3.09e12)
+    ('41.2 M', '950', '1.2 G', '3.1 T')
     """
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.1f} {name}"
     return f"{value:.0f}"

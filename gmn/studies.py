@@ -2,7 +2,7 @@
 
 iou         kept units that two tasks share, per layer and similarity        MVP figures 1, 2; MVP-SSL figure 3
 recall      units with a votes that the task's own pruned network keeps      MVP-SSL figures 4, 8
-neighbours  accuracy of the vote against the number of neighbours            MVP figure 4
+neighbours  accuracy of the vote against the number of neighbours            MVP figure 5
 iterations  accuracy against the steps, of the vote and without it           MVP figure 4
 similarity  accuracy of the vote with near and with far neighbours           MVP figure 4
 """
