@@ -130,7 +130,7 @@ def test_the_metanetwork_sees_only_a_graph(name: str) -> None:
         tree = ast.parse((ROOT / "gmn" / f"{module}.py").read_text())
         waiting += sorted(set(imported(tree)) - seen)
     assert not seen & ARCHITECTURES
-    assert {"graph", "errors"} <= seen
+    assert {"graph", "errors"} <= seen or name == "blockwise"  # which sees tensors only
 
 
 def test_the_rule_sees_imports_of_every_form() -> None:
