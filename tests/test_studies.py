@@ -271,15 +271,7 @@ def test_what_the_comparison_has_measured_is_not_run_again(
         (["iou", "nowhere"], ["not a run folder", "nowhere"]),
     ],
 )
-def test_mistakes(
-    vote_run: Finished,
-    here: Here,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    words: list[str],
-) -> None:
-    monkeypatch.setattr("gmn.progress.WORTH_A_LINE", 1e9)  # a busy machine takes a second for what takes none
+def test_mistakes(vote_run: Finished, here: Here, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     shutil.copytree(vote_run[0], tmp_path / "votes")
     line = mistake(here, "study", *arguments)
     assert all(word in line for word in words), line
