@@ -13,9 +13,9 @@ from gmn.convert import to_graph
 from gmn.data import Data
 from gmn.errors import CheckpointError, GmnError
 from gmn.graph import GraphSpec
-from gmn.groups import Couplings, inside
-from gmn.surgery import resize, settled
-from gmn.tasks import head_of, with_head
+from gmn.groups import Couplings, KeepMask, inside
+from gmn.surgery import remove, settled
+from gmn.tasks import head_of, with_layer
 from gmn.trace import evaluation
 from gmn.zoo import fingerprint
 
@@ -55,12 +55,12 @@ class Backbone:
         own[:start] = keep[:start]
         return own
 
-    def rebuilt(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The pruned network of a task from its stored weights; CheckpointError if they are not its weights."""
+    def rebuilt(self, keep: KeepMask, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The pruned network of a task from its mask and weights; CheckpointError if they are not those of one."""
         try:
-            classes = len(weights[f"{self.head}.weight"])
-            model = with_head(self.model, self.example, classes, seed=0)
-            resize(model, {name: tensor.shape for name, tensor in weights.items()}).load_state_dict(weights)
+            smaller = remove(self.model, self.spec, keep, self.example, coupled=self.coupled)
+            model = with_layer(smaller, self.head, len(weights[f"{self.head}.weight"]), seed=0)
+            model.load_state_dict(weights)
         except (GmnError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError("not the weights of a task", got=str(error).strip().splitlines()[-1]) from error
         return model.eval()

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from gmn.builder import Layout
 from gmn.errors import CheckpointError, GmnError
+from gmn.heads import head_counts, restore_heads
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network
 from gmn.surgery import resize
@@ -147,7 +148,7 @@ def save_model(folder: Path, model: nn.Module, network: dict[str, Any], **facts:
         facts: Anything else worth keeping, such as accuracy and input shape; JSON.
     """
     save_tensors(folder / "weights.safetensors", dict(model.state_dict()), {"kind": "model"})
-    content = {"format": FORMAT, "network": network, **facts}
+    content = {"format": FORMAT, "network": network, "heads": head_counts(model), **facts}
     save_json(folder / "model.json", content)  # last: a folder with this file is whole
 
 
@@ -166,6 +167,7 @@ def load_model(folder: str | Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             model = build_network(**network, options=options)
         resize(model, {name: tensor.shape for name, tensor in tensors.items()}).load_state_dict(tensors)
+        restore_heads(model, dict(content.get("heads", {})))
     except (KeyError, TypeError, RuntimeError) as error:
         message = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
         raise CheckpointError("the saved network cannot be rebuilt", got=message, where=str(folder)) from error

@@ -101,7 +101,7 @@ def _row(
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.log("result", **facts)
     content = load_json(folder / "model.json")
-    return {key: value for key, value in content.items() if key not in ("network", "format", "input_shape")}
+    return {key: value for key, value in content.items() if key not in ("network", "format", "heads", "input_shape")}
 
 
 def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:

@@ -112,7 +112,8 @@ class _Search:
 
     def predictions(self, task: Task) -> Tensor:
         """[images, classes of the neighbour]: what its pruned network says of the target's images."""
-        model = self.backbone.rebuilt(self.zoo.load(task.name)[2])
+        _, keep, weights = self.zoo.load(task.name)
+        model = self.backbone.rebuilt(keep, weights)
         self.flops += len(self.sample) * task.flops
         with torch.no_grad():
             said = torch.cat([F.softmax(model(images), 1).cpu() for images, _ in self.sample.batches(500)])

@@ -87,8 +87,12 @@ def with_head(model: nn.Module, example_inputs: Any, classes: int, *, seed: int)
     Raises:
         NetworkError: if the output does not come from one linear layer.
     """
+    return with_layer(model, head_of(to_graph(model, example_inputs).spec), classes, seed=seed)
+
+
+def with_layer(model: nn.Module, name: str, classes: int, *, seed: int) -> nn.Module:
+    """A copy of a network whose head, which is called so, is a new one for so many classes; errors as `with_head`."""
     copy = clone(model)
-    name = head_of(to_graph(copy, example_inputs).spec)
     old = copy.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise NetworkError("no head to replace", expected="a linear layer", got=type(old).__name__, where=name)

@@ -18,12 +18,13 @@ from zoo_tasks import flip, path_of
 
 from gmn.backbone import Backbone, prototypes
 from gmn.bench_vote import vote_cost
+from gmn.checkpoint import load_model, save_model
 from gmn.data import Data, load_data
 from gmn.errors import GmnError
 from gmn.neighbours import Ranking, ranking
 from gmn.networks import build_network
 from gmn.settings import Fit
-from gmn.settings_vote import FilterPruning
+from gmn.settings_vote import FilterPruning, HeadPruning
 from gmn.similarity import similarity_by_name
 from gmn.surgery import remove
 from gmn.tasks import sample_tasks, task_data, with_head
@@ -72,7 +73,7 @@ def test_every_task_is_pruned_once_and_stored(zoo: Zoo, backbone: Backbone, digi
     for task in zoo.tasks():
         _, mask, weights = zoo.load(task.name)
         mask.validate(backbone.spec, backbone.coupled)
-        model = backbone.rebuilt(weights)
+        model = backbone.rebuilt(mask, weights)
         own = task_data(digits, task.classes)
         assert evaluate(model, own.val).accuracy == task.metrics["accuracy"] > 0.6
         assert sum(p.numel() for p in model.parameters()) == task.parameters
@@ -188,3 +189,25 @@ def test_the_cost_of_a_vote_is_measured() -> None:
     assert found.search > 0
     assert found.vote > 0
     assert found.total == found.search + found.vote + found.average < 5
+
+
+def test_attention_heads_vote_and_come_back(tmp_path: Path, digits: Data) -> None:
+    """A transformer: heads and nodes go, the stream stays; neighbours predict; what is saved loads with its heads."""
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 4}
+    source = {"name": "timm.vit_tiny_patch16_224", "num_classes": 10, "in_channels": 1, "options": options}
+    torch.manual_seed(0)
+    backbone = Backbone.of(build_network(**source).eval(), digits.example_inputs(), only_inside=True)
+    zoo = Zoo.create(tmp_path / "zoo", backbone.about(ratio=0.5))
+    zoo.plan(sample_tasks(digits.class_names, [3], 3, 1, seed=0)[:3])
+    config = HeadPruning(iterations=3, final_iterations=1, batch_size=16)
+    assert build_zoo(backbone, digits, zoo, pruner(config, backbone.example, 0.5)) == 3
+    data = task_data(digits, (1, 4, 7))
+    names = ranking(backbone, zoo, data, similarity_by_name("leep")).nearest(2)
+    model, mask = vote_for(backbone, zoo, names, data, QUICK, ratio=0.5, seed=0)
+    mask.validate(backbone.spec, backbone.coupled)
+    block = model.get_submodule("blocks.0")
+    assert (block.attn.num_heads, block.mlp.fc1.out_features, block.mlp.fc2.out_features) == (2, 48, 24)
+    save_model(tmp_path / "model", model, {**source, "num_classes": 3})
+    images = next(data.test.batches(20))[0]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "model")(images), model(images))
