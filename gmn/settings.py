@@ -227,7 +227,6 @@ class Common(Section):
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     data: Data = Field(description="the images")
     network: Network = Field(description="the network to make smaller")
-    graph: Graph = Field(default_factory=Graph, description="how a network becomes a graph")
 
     @field_validator("device")
     @classmethod
@@ -242,6 +241,7 @@ class Recipe(Common):
 
     method: Literal["metanetwork"] = Field(default="metanetwork", description="pruning method")
     data_models: DataModels = Field(default_factory=DataModels, description="networks to learn on")
+    graph: Graph = Field(default_factory=Graph, description="how a network becomes a graph")
     metanetwork: MetaNetwork = Field(default_factory=MetaNetwork, description="what rewrites weights")
     meta_train: MetaTrain = Field(description="the training of the metanetwork")
     criterion: Criterion = Field(default_factory=Criterion, description="importance of a channel")
