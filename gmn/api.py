@@ -23,7 +23,7 @@ from gmn.reader import OnUnknown
 from gmn.settings import Criterion, Fit, Prune
 from gmn.similarity import similarity_by_name
 from gmn.training import evaluate, fit, recalibrate
-from gmn.vote_prune import cut_out, elect
+from gmn.vote_prune import vote_for
 from gmn.zoo import Zoo
 
 NETWORK = "network"
@@ -70,12 +70,8 @@ class Voters:
         """
         data = data.to(next(self.backbone.model.parameters()).device)
         names = ranking(self.backbone, self.zoo, data, similarity_by_name(similarity)).nearest(neighbours)
-        ratio = float(self.zoo.about["ratio"])
-        state, mask = elect(self.backbone, self.zoo, names, ratio=ratio, seed=seed)
-        model = cut_out(self.backbone, state, mask, data.num_classes, seed=seed)
-        if finetune is not None:
-            fit(model, data.train, finetune, seed=seed, augment=augment, title="after the vote")
-        return model.eval()
+        options = {"ratio": float(self.zoo.about["ratio"]), "seed": seed, "augment": augment}
+        return vote_for(self.backbone, self.zoo, names, data, finetune, **options)[0]
 
 
 def load(path: str | Path) -> Meta | Voters:

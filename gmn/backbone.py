@@ -48,6 +48,10 @@ class Backbone:
         """What a zoo says of its tasks' network."""
         return {"nodes": self.spec.num_nodes, "fingerprint": fingerprint(self.spec), **more}
 
+    def with_head(self, classes: int, *, seed: int) -> nn.Module:
+        """A copy of the network with a new head for so many classes."""
+        return with_layer(self.model, self.head, classes, seed=seed)
+
     def widened(self, keep: Tensor) -> Tensor:
         """[N] bool from a mask of the same network with another head: the nodes of the head, the last ones, stay."""
         own = torch.ones(self.spec.num_nodes, dtype=torch.bool)

@@ -24,6 +24,7 @@ from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
 from gmn.ranking import mask_steps
 from gmn.settings import Fit
+from gmn.spread import spread
 from gmn.surgery import remove, settled
 from gmn.training import evaluate, recalibrate
 
@@ -188,8 +189,7 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
             for key in ("validation_accuracy", "test_accuracy", "flops", "parameters", "speed_up")
         }
         tests = [result["test_accuracy"] for result in results]
-        spread = statistics.stdev(tests) if len(tests) > 1 else 0.0
-        entries.append({"row": row, "seeds": len(results), "spread": spread, **mean})
+        entries.append({"row": row, "seeds": len(results), "spread": spread(tests), **mean})
     for entry in entries:
         entry["latency"] = report["latency"][entry["row"]]
     return entries

@@ -136,6 +136,11 @@ class Split:
         images = images.subset(index) if isinstance(images, LazyImages) else images[on_device]
         return replace(self, images=images, labels=self.labels[on_device])
 
+    def sample(self, limit: int | None) -> Split:
+        """At most `limit` images, evenly spaced: files are often sorted by class."""
+        count = len(self)
+        return self if limit is None or limit >= count else self.subset(torch.arange(limit) * count // limit)
+
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors on the device; lazy images are moved batch by batch."""
         images = self.images if isinstance(self.images, LazyImages) else self.images.to(device)

@@ -11,7 +11,7 @@ autograd runs their backward passes in the opposite order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,15 +197,9 @@ class EdgeTape:
             src = src.reshape(self.hidden, 2, g, -1).transpose(1, 2).reshape(self.hidden * g, 2, -1)
         return Ends(self.own(layer.sent, chunk.src, chunk), self.own(layer.against, chunk.dst, chunk), dst, src)
 
-    def scaled(self, e: Tensor, layer: Layer, chunk: Chunk) -> None:
-        """Take a chunk's states through a layer, in place."""
-        e.mul_(scale(self.ends(layer, chunk)))
-
     def part(self, chunk: Chunk) -> Tensor:
         """[K, edges]: a chunk's features."""
-        own = [self.features[part.block][part.pieces, part.rows] for part in chunk.parts]
-        together = own[0] if len(own) == 1 else torch.cat(own)
-        return together.reshape(-1, together.shape[-1]).T
+        return _columns_of(self.features, chunk)
 
     def rebuilt(self, chunk: Chunk, layers: int) -> Tensor:
         """[b, o, I]: a chunk's states after so many layers; bit for bit what they were."""
@@ -214,7 +208,7 @@ class EdgeTape:
             g, rows, into = chunk.shape
             e = encoded.view(self.hidden * g, rows, into)
             for layer in self.layers[:layers]:
-                self.scaled(e, layer, chunk)
+                e.mul_(scale(self.ends(layer, chunk)))
         return e
 
     def take_gradients(self) -> list[Tensor]:
@@ -327,8 +321,7 @@ class _Decode(Function):
             if decoder is None:
                 buffer.zero_()
                 continue
-            own = [given[part.block][part.pieces, part.rows].flatten(0, 2) for part in chunk.parts]
-            grad = torch.cat(own).T
+            grad = _columns_of(given, chunk)
             e = tape.rebuilt(chunk, ctx.depth).view(tape.hidden, -1).requires_grad_()
             with torch.enable_grad():
                 said = columns(decoder, e)
@@ -342,8 +335,8 @@ class _Gradients:
     """Sums of the gradients of some modules' parameters, in the order of `_parameters`."""
 
     def __init__(self, modules: Sequence[nn.Module | None]) -> None:
-        self.parameters = _parameters(modules)
-        self.of_all: list[Tensor | None] = [None] * len(self.parameters)
+        self.places = {id(parameter): index for index, parameter in enumerate(_parameters(modules))}
+        self.of_all: list[Tensor | None] = [None] * len(self.places)
 
     def add(self, module: nn.Module, output: Tensor, grad: Tensor, wanted: Tensor | None = None) -> Tensor | None:
         """Add what an output's gradient means for a module's parameters; returns that for `wanted`."""
@@ -351,7 +344,7 @@ class _Gradients:
         inputs = own if wanted is None else [*own, wanted]
         found: Sequence[Tensor] = torch.autograd.grad(output, inputs, grad) if inputs else ()
         for parameter, value in zip(own, found, strict=False):
-            index = next(i for i, known in enumerate(self.parameters) if known is parameter)
+            index = self.places[id(parameter)]
             old = self.of_all[index]
             self.of_all[index] = value if old is None else old.add_(value)
         return None if wanted is None else found[len(own)]
@@ -360,6 +353,13 @@ class _Gradients:
 def _parameters(modules: Sequence[nn.Module | None]) -> list[Tensor]:
     """Each parameter once: blocks of one kind share their encoder."""
     return list({id(p): p for module in modules if module is not None for p in module.parameters()}.values())
+
+
+def _columns_of(tensors: Sequence[Tensor] | Mapping[int, Tensor], chunk: Chunk) -> Tensor:
+    """[K, edges] of a chunk, from [G, O, I, K] of each block."""
+    own = [tensors[part.block][part.pieces, part.rows] for part in chunk.parts]
+    together = own[0] if len(own) == 1 else torch.cat(own)
+    return together.reshape(-1, together.shape[-1]).T
 
 
 def _join(found: Moments, nodes: slice | Tensor, own: Moments) -> None:

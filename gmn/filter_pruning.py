@@ -23,7 +23,7 @@ from gmn.criteria import Importance
 from gmn.data import Augment, Split
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask
-from gmn.ranking import nothing_to_prune
+from gmn.ranking import refuse_whole
 from gmn.settings import Fit
 from gmn.settings_vote import FilterPruning
 from gmn.surgery import remove, settled
@@ -68,8 +68,7 @@ def filter_prune(
     """
     spec = to_graph(model, example_inputs).spec
     coupled = settled(model, spec, example_inputs)
-    if not bool(coupled.prunable.any()):
-        raise nothing_to_prune(coupled)
+    refuse_whole(coupled)
     floor = coupled.left_after(ratio)
     nodes = torch.arange(spec.num_nodes)  # of the original network, those that are left
     rounds = max(1, config.iterations // config.interval)

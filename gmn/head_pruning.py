@@ -29,12 +29,12 @@ from gmn.errors import PruningError
 from gmn.filter_pruning import Shrunk
 from gmn.graph import GraphSpec, group_of
 from gmn.groups import Couplings, KeepMask, inside
-from gmn.ranking import nothing_to_prune
+from gmn.ranking import refuse_whole
 from gmn.settings import Fit
 from gmn.settings_vote import HeadPruning
 from gmn.surgery import remove, settled
 from gmn.trace import clone
-from gmn.training import Metrics, fit, generator, run_epochs
+from gmn.training import Metrics, fit, passes, run_epochs
 
 
 def head_prune(
@@ -72,8 +72,7 @@ def head_prune(
     """
     spec = to_graph(model, example_inputs).spec
     coupled = inside(spec, settled(model, spec, example_inputs))
-    if not bool(coupled.prunable.any()):
-        raise nothing_to_prune(coupled)
+    refuse_whole(coupled)
     scored = _Scored(clone(model), spec, coupled, ratio)
     size = min(config.batch_size, len(split))
     taken = _learn_scores(scored, split, config, 2 * seed, augment)
@@ -187,9 +186,7 @@ def _learn_scores(scored: _Scored, split: Split, config: HeadPruning, seed: int,
     size, device_type, taken = min(config.batch_size, len(split)), split.labels.device.type, 0
 
     def batches(_: int) -> Iterator[tuple[Tensor, Tensor]]:
-        draw = lambda n: split.batches(size, generator=generator(seed, n), augment=augment, drop_last=True)  # noqa: E731
-        passes = map(draw, itertools.count())
-        for batch in itertools.islice(itertools.chain.from_iterable(passes), config.iterations):
+        for batch in itertools.islice(passes(split, size, seed, augment=augment), config.iterations):
             scored.drop(config.threshold)
             if not bool(scored.surplus.any()):
                 return

@@ -84,16 +84,12 @@ class _Search:
 
     def __init__(self, backbone: Backbone, zoo: Zoo, data: Data, parents: Mapping[str, str], images: int) -> None:
         self.backbone, self.zoo, self.data, self.parents = backbone, zoo, data, parents
-        order = torch.arange(min(images, len(data.train))) * len(data.train) // min(images, len(data.train))
-        self.sample = data.train.subset(order)  # evenly spaced: files are often sorted by class
+        self.sample = data.train.sample(images)
         self.flops = 0.0
 
     def view(self, names: tuple[str, ...], means: Tensor | None = None) -> TaskView:
-        above = tuple(self.parents[name] for name in names) if self._has_parents(names) else ()
-        return TaskView(names, above, means)
-
-    def _has_parents(self, names: tuple[str, ...]) -> bool:
-        return all(name in self.parents for name in names)
+        known = all(name in self.parents for name in names)
+        return TaskView(names, tuple(self.parents[name] for name in names) if known else (), means)
 
     def target(self, reads_images: bool) -> TaskView:
         if not reads_images:

@@ -64,10 +64,11 @@ def meta_training(report: dict[str, Any], path: Path) -> Path:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.suptitle(f"{report['recipe']}: meta-training")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: matplotlib.figure.Figure, path: Path) -> Path:
+def save_figure(figure: matplotlib.figure.Figure, path: Path) -> Path:
+    """Write a picture as PNG, whole or not at all; returns its path."""
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     return path
 
@@ -76,4 +77,4 @@ def _finish(figure: matplotlib.figure.Figure, axes: Any, path: Path) -> Path:
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -142,6 +142,12 @@ def _zero(energies: dict[str, Tensor], importance: Importance, keep: Tensor) -> 
         energy.masked_fill_(drop, 0.0)
 
 
+def refuse_whole(coupled: Couplings) -> None:
+    """Raise PruningError, with the reasons, if every channel must stay."""
+    if not bool(coupled.prunable.any()):
+        raise nothing_to_prune(coupled)
+
+
 def nothing_to_prune(coupled: Couplings) -> PruningError:
     """The error that every channel must stay, with the reasons."""
     return PruningError("nothing can be pruned", hint=f"all channels must stay: {_whole(coupled)}")

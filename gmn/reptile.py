@@ -28,11 +28,11 @@ from gmn.filter_pruning import Shrunk
 from gmn.graph import GraphSpec
 from gmn.groups import KeepMask
 from gmn.progress import track
-from gmn.ranking import nothing_to_prune
+from gmn.ranking import refuse_whole
 from gmn.settings import Fit
 from gmn.settings_vote import Reptile
 from gmn.surgery import remove
-from gmn.tasks import task_data, with_head
+from gmn.tasks import task_data, with_layer
 from gmn.trace import clone
 from gmn.training import Metrics, fit
 from gmn.zoo_task import Task
@@ -77,8 +77,7 @@ def reptile(
     """
     if not tasks:
         raise DataError("no tasks to learn from", expected="one at least", got="0", hint="plan tasks of split zoo")
-    if not bool(backbone.coupled.prunable.any()):
-        raise nothing_to_prune(backbone.coupled)
+    refuse_whole(backbone.coupled)
     order = torch.randint(len(tasks), (config.rounds,), generator=torch.Generator().manual_seed(seed)).tolist()
     meta, flops = _Meta(backbone, ratio), 0.0
     with track("reptile", config.rounds) as advance:
@@ -123,7 +122,7 @@ class _Meta:
 
     def learner(self, classes: int, seed: int) -> nn.Module:
         """A copy with a new head, which does not hear the silent units either."""
-        learner = with_head(self.model, self.backbone.example, classes, seed=seed)
+        learner = with_layer(self.model, self.backbone.head, classes, seed=seed)
         self._silence(learner, of_head=True)
         return learner
 

@@ -24,6 +24,7 @@ from gmn.errors import GmnError
 from gmn.neighbours import Ranking
 from gmn.overlap import iou, layer_names, recall
 from gmn.progress import track
+from gmn.spread import spread
 from gmn.trials import plan
 from gmn.vote_compare import Result, measured
 from gmn.vote_job import VoteJob
@@ -110,7 +111,7 @@ def _of_votes(b: list[Tensor], d: list[Tensor]) -> dict[str, Any]:
     shares, counts = torch.stack(b).nanmean(0), torch.stack(d).mean(0)
     return {
         "b_mean": _plain(shares.nanmean(0)),
-        "b_std": [_spread([v for v in column.tolist() if v == v]) for column in shares.T],
+        "b_std": [spread([v for v in column.tolist() if v == v]) for column in shares.T],
         "d_mean": _plain(counts.mean(0)),
     }
 
@@ -160,7 +161,7 @@ def _similarity(job: VoteJob, choices: Choices) -> Study:
             found = _measure(job, choices, "vote", group=int(group), iterations=steps, similarity=choices.similarity)
             accuracies = [result["test_accuracy"] for result in found]
             means.append(statistics.fmean(accuracies) if accuracies else None)
-            spreads.append(_spread(accuracies) if accuracies else None)
+            spreads.append(spread(accuracies) if accuracies else None)
         series[f"{steps} steps"] = {"mean": means, "std": spreads}
     return {
         "title": f"Near and far neighbours: five groups of equal intervals of {choices.similarity}",
@@ -173,7 +174,7 @@ def _similarity(job: VoteJob, choices: Choices) -> Study:
 
 def _curve(job: VoteJob, choices: Choices, row: str, key: str, values: Sequence[int], **more: Any) -> Study:
     found = [[r["test_accuracy"] for r in _measure(job, choices, row, **{key: value}, **more)] for value in values]
-    return {"x": list(values), "mean": [statistics.fmean(v) for v in found], "std": [_spread(v) for v in found]}
+    return {"x": list(values), "mean": [statistics.fmean(v) for v in found], "std": [spread(v) for v in found]}
 
 
 def _measure(job: VoteJob, choices: Choices, row: str, **more: Any) -> list[Result]:
@@ -201,17 +202,13 @@ def _references(job: VoteJob) -> dict[str, float]:
 def _moments(found: Sequence[Tensor]) -> dict[str, Any]:
     """Mean and standard deviation per layer."""
     stacked = torch.stack(list(found))
-    spread = stacked.std(0) if len(found) > 1 else torch.zeros(stacked.shape[1])
-    return {"mean": _plain(stacked.mean(0)), "std": _plain(spread)}
+    deviation = stacked.std(0) if len(found) > 1 else torch.zeros(stacked.shape[1])
+    return {"mean": _plain(stacked.mean(0)), "std": _plain(deviation)}
 
 
 def _plain(values: Tensor) -> list[float | None]:
     """JSON knows no NaN."""
     return [value if value == value else None for value in values.tolist()]
-
-
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 Make = Callable[[VoteJob, Choices], Study]

@@ -19,11 +19,11 @@ from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
-from gmn.checkpoint import write_atomic
 from gmn.errors import GmnError
+from gmn.plots import save_figure
 
 Study = Mapping[str, Any]
-WIDTH, DPI = 9, 120  # inches, dots per inch: 1,080 pixels
+WIDTH = 9  # inches, 1,080 pixels
 MOST_TICKS = 60  # names of layers that fit side by side
 LONGEST_NAME = 24  # characters of a layer's name at a tick
 LONGEST_LABEL = 26  # characters of a line of a legend
@@ -72,7 +72,7 @@ def iou_plot(study: Study, path: Path) -> Path:
 
     Source: MVP, figures 1 and 2; MVP-SSL, figure 3.
     """
-    return _save(iou_figure(study), path)
+    return save_figure(iou_figure(study), path)
 
 
 def recall_plot(study: Study, path: Path) -> Path:
@@ -87,7 +87,7 @@ def recall_plot(study: Study, path: Path) -> Path:
 
     Source: MVP-SSL, figure 4.
     """
-    return _save(recall_figure(study), path)
+    return save_figure(recall_figure(study), path)
 
 
 def recall_layers_plot(study: Study, path: Path) -> Path:
@@ -102,7 +102,7 @@ def recall_layers_plot(study: Study, path: Path) -> Path:
 
     Source: MVP-SSL, figure 8.
     """
-    return _save(recall_layers_figure(study), path)
+    return save_figure(recall_layers_figure(study), path)
 
 
 def lines_plot(study: Study, path: Path) -> Path:
@@ -118,7 +118,7 @@ def lines_plot(study: Study, path: Path) -> Path:
 
     Source: MVP, figures 4a and 5b.
     """
-    return _save(lines_figure(study), path)
+    return save_figure(lines_figure(study), path)
 
 
 def bars_plot(study: Study, path: Path) -> Path:
@@ -134,7 +134,7 @@ def bars_plot(study: Study, path: Path) -> Path:
 
     Source: MVP, figure 4b.
     """
-    return _save(bars_figure(study), path)
+    return save_figure(bars_figure(study), path)
 
 
 def iou_figure(study: Study) -> Figure:
@@ -357,8 +357,3 @@ def _finish(figure: Figure, axes: Axes, legend: str | None, *, percent: bool = F
         figure.legend(*zip(*pairs, strict=True), loc="outside right upper", title=legend, fontsize=9)
     else:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=DPI, format="png"))
-    return path

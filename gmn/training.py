@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,19 +43,13 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
     model.eval()
     right, loss, count = 0, 0.0, 0
     with torch.no_grad():
-        for images, labels in _some(split, limit).batches(batch_size):
+        for images, labels in split.sample(limit).batches(batch_size):
             logits = model(images)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             count += len(labels)
     model.train(training)
     return Evaluation(right / count, loss / count)
-
-
-def _some(split: Split, limit: int | None) -> Split:
-    """At most `limit` images, evenly spaced: files are often sorted by class."""
-    count = len(split)
-    return split if limit is None or limit >= count else split.subset(torch.arange(limit) * count // limit)
 
 
 def recalibrate(model: nn.Module, split: Split, images: int, *, seed: int = 0) -> None:
@@ -72,6 +66,14 @@ def recalibrate(model: nn.Module, split: Split, images: int, *, seed: int = 0) -
 def generator(seed: int, epoch: int) -> torch.Generator:
     """The random numbers of one epoch."""
     return torch.Generator().manual_seed(seed * 100_003 + epoch)
+
+
+def passes(
+    split: Split, size: int, seed: int, *, augment: Augment | None = None, start: int = 0, limit: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole batches without end: pass after pass over a split, each shuffled by (seed, number of the pass)."""
+    for number in itertools.count(start):
+        yield from split.batches(size, generator=generator(seed, number), augment=augment, limit=limit, drop_last=True)
 
 
 def fit(
@@ -94,12 +96,8 @@ def fit(
     steps = config.iterations or count // size
     device_type = split.labels.device.type
 
-    def pass_over(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-        return split.batches(size, generator=generator(seed, epoch), augment=augment, limit=count, drop_last=True)
-
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-        passes = map(pass_over, itertools.count(epoch)) if config.iterations else [pass_over(epoch)]
-        return itertools.islice(itertools.chain.from_iterable(passes), steps)
+        return itertools.islice(passes(split, size, seed, augment=augment, start=epoch, limit=count), steps)
 
     def step(batch: tuple[Tensor, Tensor]) -> Metrics:
         images, labels = batch

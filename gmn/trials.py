@@ -26,7 +26,7 @@ from gmn.errors import GmnError
 from gmn.filter_pruning import Shrunk
 from gmn.groups import KeepMask
 from gmn.settings import Fit
-from gmn.tasks import with_head
+from gmn.tasks import with_layer
 from gmn.training import evaluate, fit
 from gmn.vote import draw
 from gmn.vote_job import VoteJob
@@ -101,8 +101,7 @@ def run_trial(job: VoteJob, trial: Trial) -> tuple[Finished, dict[str, Any]]:
         "test_accuracy": evaluate(finished.model, data.test).accuracy,
         "training_flops": finished.training_flops,
         "search_flops": finished.search_flops,
-        "flops": after.flops,
-        "parameters": after.parameters,
+        **dataclasses.asdict(after),
     }
 
 
@@ -145,13 +144,13 @@ def _random(job: VoteJob, trial: Trial, task: Task, data: Data) -> Finished:
 
 
 def _reptile(job: VoteJob, trial: Trial, task: Task, data: Data) -> Finished:
-    model = with_head(job.reptile_network, job.example, data.num_classes, seed=job.seed(trial.seed))
+    model = with_layer(job.reptile_network, job.backbone.head, data.num_classes, seed=job.seed(trial.seed))
     return _tuned(job, trial, model, None, data)
 
 
 def _pruned(job: VoteJob, trial: Trial, task: Task, data: Data) -> Finished:
     seed = job.seed(trial.seed)
-    model = with_head(job.backbone.model, job.example, data.num_classes, seed=seed)
+    model = job.backbone.with_head(data.num_classes, seed=seed)
     config = job.recipe.zoo.pruning.within(trial.iterations)
     shrunk = pruner(config, job.example, job.recipe.ratio, augment=job.augment)(model, data.train, seed)
     return Finished(shrunk.model, KeepMask(job.backbone.widened(shrunk.keep.keep)), shrunk.training_flops)

@@ -13,6 +13,7 @@ from typing import Any
 from gmn.checkpoint import save_json, save_model
 from gmn.jsonl import append_line, read_lines
 from gmn.progress import say, track
+from gmn.spread import spread
 from gmn.trials import Finished, Trial, plan, run_trial
 from gmn.vote_job import VoteJob
 from gmn.zoo import save_task
@@ -103,9 +104,9 @@ def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
     for row, found in rows.items():
         mean = {key: statistics.fmean(r[key] for r in found) for key in MEANS}
         apart = [r["test_accuracy"] - vote[r["target"], r["seed"]] for r in found if (r["target"], r["seed"]) in vote]
-        spread = {"spread": _spread([r["test_accuracy"] for r in found]), "difference_spread": _spread(apart)}
+        apart_by = {"spread": spread([r["test_accuracy"] for r in found]), "difference_spread": spread(apart)}
         difference = statistics.fmean(apart) if apart else 0.0
-        entries.append({"row": row, "trials": len(found), **mean, **spread, "difference": difference})
+        entries.append({"row": row, "trials": len(found), **mean, **apart_by, "difference": difference})
     return entries
 
 
@@ -113,7 +114,3 @@ MEANS = (
     *("validation_accuracy", "test_accuracy", "iterations", "neighbours"),
     *("training_flops", "search_flops", "flops", "parameters"),
 )
-
-
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from gmn.job import Job
 from gmn.names import nearest
 from gmn.neighbours import Ranking, ranking
 from gmn.progress import say
-from gmn.ranking import nothing_to_prune
+from gmn.ranking import refuse_whole
 from gmn.reptile import reptile
 from gmn.run import Run
 from gmn.settings_vote import VoteRecipe
 from gmn.similarity import similarity_by_name
 from gmn.simsiam import pretrain
-from gmn.tasks import sample_tasks, task_data, with_head
+from gmn.tasks import sample_tasks, task_data
 from gmn.zoo import Task, Zoo
 from gmn.zoo_build import build_zoo, pruner
 from gmn.zoo_task import to_text
@@ -53,12 +54,11 @@ class VoteJob(Job):
         """Meet every part once, before hours of training end in an error."""
         self.tasks = self._sample()
         similarity_by_name(self.recipe.similarity.name, **self.recipe.similarity.options)
-        backbone = self._backbone(self._network() if self.foreign else self.rewritten(self.built(0)))
-        if not bool(backbone.coupled.prunable.any()):
-            raise nothing_to_prune(backbone.coupled)
-        with_head(backbone.model, self.example, len(self.tasks[-1].classes), seed=0)
+        backbone = self.backbone if self.foreign else self._backbone(self.rewritten(self.built(0)))
+        refuse_whole(backbone.coupled)
+        backbone.with_head(len(self.tasks[-1].classes), seed=0)
         if self.foreign:
-            Zoo.open(self.folder, backbone.about())
+            _ = self.zoo  # its tasks are cut from this network
 
     # -- the network -------------------------------------------------------------------------------------------------
 
@@ -187,5 +187,4 @@ class VoteJob(Job):
 
     def price(self) -> dict[str, Any]:
         """What the network costs before pruning."""
-        before = cost(self.backbone.model, self.example)
-        return {"flops": before.flops, "parameters": before.parameters}
+        return dataclasses.asdict(cost(self.backbone.model, self.example))

@@ -25,7 +25,7 @@ def vote_for(
     zoo: Zoo,
     neighbours: Sequence[str],
     data: Data,
-    config: Fit,
+    config: Fit | None,
     *,
     ratio: float,
     tau: float = TEMPERATURE,
@@ -37,7 +37,7 @@ def vote_for(
     Args:
         neighbours: Names of tasks of the zoo.
         data: The target task's data.
-        config: The fine-tuning.
+        config: The fine-tuning; None for none.
         ratio: Share of each layer's units that goes.
         tau: Temperature of the vote.
         augment: Random changes of the images in training.
@@ -47,8 +47,9 @@ def vote_for(
     """
     state, mask = elect(backbone, zoo, neighbours, ratio=ratio, tau=tau, seed=seed)
     model = cut_out(backbone, state, mask, data.num_classes, seed=seed)
-    fit(model, data.train, config, seed=seed, augment=augment, title="after the vote")
-    return model, mask
+    if config is not None:
+        fit(model, data.train, config, seed=seed, augment=augment, title="after the vote")
+    return model.eval(), mask
 
 
 def elect(

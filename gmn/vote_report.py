@@ -11,7 +11,7 @@ import matplotlib.ticker
 from rich.console import Console
 from rich.table import Table
 
-from gmn.checkpoint import write_atomic
+from gmn.plots import save_figure
 from gmn.report import human
 from gmn.vote_compare import summarise
 
@@ -105,5 +105,4 @@ def accuracies(report: dict[str, Any], path: Path) -> Path:
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
-    return path
+    return save_figure(figure, path)

@@ -17,7 +17,7 @@ from gmn.filter_pruning import Shrunk, filter_prune
 from gmn.head_pruning import head_prune
 from gmn.progress import say, track
 from gmn.settings_vote import FilterPruning, HeadPruning
-from gmn.tasks import task_data, with_head
+from gmn.tasks import task_data
 from gmn.training import evaluate
 from gmn.zoo import Stored, Task, Zoo
 
@@ -86,18 +86,17 @@ def add_pruned(backbone: Backbone, data: Data, zoo: Zoo, task: Task, prune: Prun
         GmnError: if the task cannot be done, or the zoo has it.
     """
     own = task_data(data, task.classes)
-    model = with_head(backbone.model, backbone.example, len(task.classes), seed=task.seed)
-    return add_shrunk(backbone, own, zoo, task, prune(model, own.train, task.seed))
-
-
-def add_shrunk(backbone: Backbone, own: Data, zoo: Zoo, task: Task, shrunk: Shrunk) -> Task:
-    """Keep a network that was cut for a task; `own` is the task's data."""
-    found = stored(backbone, zoo, own, task, shrunk)
+    model = backbone.with_head(len(task.classes), seed=task.seed)
+    found = stored(backbone, zoo, own, task, prune(model, own.train, task.seed))
     return zoo.add(found.task, found.keep, found.weights, found.extra)
 
 
 def stored(backbone: Backbone, zoo: Zoo, own: Data, task: Task, shrunk: Shrunk) -> Stored:
-    """What a zoo keeps of a task: its mask, weights, prototypes, accuracy on validation images, and cost."""
+    """What a zoo keeps of a task: its mask, weights, prototypes, accuracy on validation images, and cost.
+
+    Args:
+        own: The task's data.
+    """
     price = cost(shrunk.model, backbone.example)
     metrics = {"accuracy": evaluate(shrunk.model, own.val).accuracy, "training_flops": shrunk.training_flops}
     task = dataclasses.replace(task, metrics=metrics, flops=price.flops, parameters=price.parameters)

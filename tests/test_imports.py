@@ -15,8 +15,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "address", "graph", "groups", "settings", "settings_vote", "names", "heads", "masks", "spec_check"}
-    | {"views", "drawing", "placement", "strokes"},
+    {
+        "errors",
+        "address",
+        "graph",
+        "groups",
+        "settings",
+        "settings_vote",
+        "spread",
+        "names",
+        "heads",
+        "masks",
+        "spec_check",
+    }
+    | {"views", "drawing", "placement", "strokes", "spread"},
     {
         *(
             "records",

@@ -49,23 +49,23 @@ def sets(keep: Tensor) -> list[set[int]]:
     return [{channel for channel in kept if GROUP[channel] == group} for group in (1, 2)]
 
 
-def same(found: Tensor, expected: list[list[float]] | list[float]) -> None:
+def assert_same(found: Tensor, expected: list[list[float]] | list[float]) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True, rtol=0, atol=1e-12)
 
 
 def test_iou_by_hand() -> None:
     # By nodes the first would be 4/5: its two shared channels have two nodes each.
-    same(iou(mask("1100", "1110"), mask("1101", "0111"), COUPLED), [2 / 3, 2 / 4])
-    same(iou(mask("1010", "1000"), mask("0110", "0001"), COUPLED), [1 / 3, 0.0])
+    assert_same(iou(mask("1100", "1110"), mask("1101", "0111"), COUPLED), [2 / 3, 2 / 4])
+    assert_same(iou(mask("1010", "1000"), mask("0110", "0001"), COUPLED), [1 / 3, 0.0])
 
 
 def test_iou_with_many_neighbours_is_one_after_the_other() -> None:
     target, others = random_masks(1, 0.5, 0)[0], random_masks(30, 0.5, 1)
     found = iou(target, others, COUPLED)
     assert found.shape == (30, 2)
-    same(found, [iou(target, other, COUPLED).tolist() for other in others])
+    assert_same(found, [iou(target, other, COUPLED).tolist() for other in others])
     expected = [[len(s & t) / len(s | t) for s, t in zip(sets(target), sets(other), strict=True)] for other in others]
-    same(found, expected)
+    assert_same(found, expected)
     assert len(found.unique()) > 4
 
 
@@ -79,17 +79,17 @@ def test_iou_is_symmetric_and_one_for_equal_masks(seed: int) -> None:
     forth, back = iou(one, two, COUPLED), iou(two, one, COUPLED)
     torch.testing.assert_close(forth, back, equal_nan=True)
     assert bool(((forth >= 0) & (forth <= 1)).all())
-    same(iou(one, one, COUPLED), [1.0, 1.0])
+    assert_same(iou(one, one, COUPLED), [1.0, 1.0])
 
 
 def test_disjoint_masks_have_iou_0_and_empty_ones_none() -> None:
-    same(iou(mask("1100", "0000"), mask("0011", "0000"), COUPLED), [0.0, NAN])
+    assert_same(iou(mask("1100", "0000"), mask("0011", "0000"), COUPLED), [0.0, NAN])
 
 
 def test_recall_by_hand() -> None:
     neighbours = masks(("1000", "0001"), ("1100", "0001"), ("1010", "1000"))  # votes: a 3 1 1 0, b 1 0 0 2
     found = recall(mask("1100", "0011"), neighbours, COUPLED)
-    same(found.b, [[1 / 2, NAN, 1.0], [0.0, 1.0, NAN]])
+    assert_same(found.b, [[1 / 2, NAN, 1.0], [0.0, 1.0, NAN]])
     assert found.d.tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
     assert found.d.dtype == torch.int64
 
@@ -103,7 +103,7 @@ def test_recall_is_that_of_sets(seed: int) -> None:
         votes = {k: sum(k in sets(other)[layer] for other in neighbours) for k in all_channels}
         with_votes = [{k for k in all_channels if votes[k] == a} for a in range(6)]
         assert found.d[layer].tolist() == [len(b & own) for b in with_votes]
-        same(found.b[layer], [len(b & own) / len(b) if b else NAN for b in with_votes[1:]])
+        assert_same(found.b[layer], [len(b & own) / len(b) if b else NAN for b in with_votes[1:]])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -118,7 +118,7 @@ def test_recall_counts_every_kept_channel_once_in_any_order_of_neighbours(seed: 
 def test_neighbours_that_agree_with_the_target_recall_all_of_it() -> None:
     target = mask("1010", "0001")
     found = recall(target, target.expand(4, -1), COUPLED)
-    same(found.b, [[NAN, NAN, NAN, 1.0]] * 2)
+    assert_same(found.b, [[NAN, NAN, NAN, 1.0]] * 2)
     assert found.d.tolist() == [[0, 0, 0, 0, 2], [0, 0, 0, 0, 1]]
 
 
@@ -131,7 +131,7 @@ def test_layers_are_the_prunable_groups_in_order() -> None:
     residual = int(coupled.channel[3])  # the first channel of "0", which 1.conv2 adds to
     keep = coupled.nodes(torch.arange(coupled.num_channels) != residual)
     assert int((~keep).sum()) > 1
-    same(iou(full, keep, coupled), [5 / 6, 1.0])
+    assert_same(iou(full, keep, coupled), [5 / 6, 1.0])
 
 
 def test_a_network_with_nothing_to_prune_has_no_layers() -> None:
