@@ -86,7 +86,7 @@ def filter_prune(
         mask = KeepMask(left.nodes(keep))
         current = remove(current, spec_now, mask, example_inputs, coupled=left)
         nodes = nodes[mask.keep]
-    stages.train(current, config.iterations - rounds * config.interval + config.final_iterations)
+    stages.train(current, config.iterations - rounds * config.interval + config.final_iterations, decay=config.decay)
     kept = torch.zeros(spec.num_nodes, dtype=torch.bool)
     kept[nodes] = True
     return Shrunk(current, KeepMask(kept).validate(spec, coupled), stages.flops)
@@ -101,11 +101,12 @@ class _Stages:
         self.split, self.config, self.example, self.seed, self.augment = split, config, example_inputs, seed, augment
         self.flops = 0.0
 
-    def train(self, model: nn.Module, iterations: int) -> None:
+    def train(self, model: nn.Module, iterations: int, *, decay: bool = False) -> None:
         """So many steps on all parameters that may change."""
         config = self.config
         if iterations > 0:
-            steps = Fit(epochs=1, iterations=iterations, lr=config.lr, batch_size=config.batch_size, bf16=config.bf16)
+            fixed = {name: getattr(config, name) for name in ("lr", "batch_size", "bf16")}
+            steps = Fit(epochs=1, iterations=iterations, schedule="cosine" if decay else "multistep", **fixed)
             fit(model, self.split, steps, seed=self.seed, augment=self.augment, title="filter pruning")
             self.flops += training_flops(model, self.example, iterations * min(config.batch_size, len(self.split)))
         self.seed += 1

@@ -19,6 +19,7 @@ class FilterPruning(Section):
     score: Literal["activation", "taylor"] = Field(default="activation", description="what makes a unit matter")
     score_images: int = Field(default=1000, ge=1, description="training images that the scores are computed from")
     lr: float = Field(default=0.005, gt=0, description="learning rate")
+    decay: bool = Field(default=False, description="after the last round, lr falls by half a cosine")
     batch_size: int = Field(default=128, ge=1, description="images per step")
     bf16: bool = Field(default=False, description="forward pass in bfloat16")
 

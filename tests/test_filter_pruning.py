@@ -120,6 +120,15 @@ def test_a_schedule_within_other_steps() -> None:
     assert all(config.within(steps).total == steps for steps in (1, 7, 99, 1000, 12_345))
 
 
+def test_decay_falls_after_the_last_round_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(gmn.filter_pruning, "fit", lambda model, split, steps, **_: seen.append(steps.schedule))
+    for decay in (False, True):
+        config = FilterPruning(**{**QUICK, "iterations": 6, "interval": 3, "final_iterations": 4, "decay": decay})
+        filter_prune(small(Residual(8), width=8), task(), config, example(), ratio=0.5)
+    assert seen == ["multistep"] * 5 + ["cosine"]
+
+
 def test_the_network_still_learns() -> None:
     """A task that a few units can solve: the sign of each of two colours."""
     generator = torch.Generator().manual_seed(0)
