@@ -5,7 +5,7 @@ e [b, O, I] holds the states of a chunk's edges, b = H hidden x G pieces, O targ
 is [b, O], one of the sources [b, I]; i counts targets, j sources.
 
     along    m_ij  = B_j e_ij        reduced over j        against  m'_ij = B'_i e_ij      reduced over i
-    scale    e_ij <- e_ij (1 + c_i d_j + d_i c_j)
+    advance  e_ij <- e_ij (1 + c_i d_j + d_i c_j)
 
 Gradients, with G the gradient of what the layer makes of e, and g of the moments of m (of m' likewise):
 
@@ -16,6 +16,8 @@ Gradients, with G the gradient of what the layer makes of e, and g of the moment
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,15 @@ class Moments(NamedTuple):
 
     total: Tensor
     squares: Tensor
+    high: Tensor
+    low: Tensor
+    high_ties: Tensor
+    low_ties: Tensor
+
+
+class Extremes(NamedTuple):
+    """The part of the moments that the backward pass asks for."""
+
     high: Tensor
     low: Tensor
     high_ties: Tensor
@@ -55,27 +66,27 @@ class Ends(NamedTuple):
     src: Tensor  # [b, 2, I]
 
 
-def product(t: Tensor, s: Tensor, *, plus: float = 0.0) -> Tensor:
-    """[b, O, I]: plus + t s, of t [b, O, k] and s [b, k, I]."""
+def product(t: Tensor, s: Tensor) -> Tensor:
+    """[b, O, I]: t_0 s_0 + t_1 s_1, of t [b, O, 2] and s [b, 2, I]."""
     if t.shape[1] * s.shape[2] < SMALL:
-        return (t[:, :, None, :] * s.transpose(1, 2)[:, None, :, :]).sum(3) + plus
-    return torch.baddbmm(t.new_full((1,), plus), t, s) if plus else torch.bmm(t, s)
+        return (t[:, :, :1] * s[:, :1]).addcmul_(t[:, :, 1:], s[:, 1:])
+    return torch.bmm(t, s)
 
 
 def over_targets(x: Tensor, v: Tensor) -> Tensor:
-    """[b, k, I]: sum_i v_ki x_ij, of x [b, O, I] and v [b, k, O]."""
+    """[b, 2, I]: sum_i v_ki x_ij, of x [b, O, I] and v [b, 2, O]."""
     small = x.shape[1] * x.shape[2] < SMALL
     return (v[:, :, :, None] * x[:, None]).sum(2) if small else torch.bmm(v, x)
 
 
 def over_sources(x: Tensor, v: Tensor) -> Tensor:
-    """[b, k, O]: sum_j v_kj x_ij."""
+    """[b, 2, O]: sum_j v_kj x_ij."""
     return over_targets(x.transpose(1, 2), v)
 
 
-def scale(ends: Ends) -> Tensor:
-    """[b, O, I]: 1 + c_i d_j + d_i c_j."""
-    return product(ends.dst, ends.src, plus=1.0)
+def advance(e: Tensor, ends: Ends) -> None:
+    """The edges' step, in place: e (1 + c_i d_j + d_i c_j)."""
+    e.addcmul_(e, product(ends.dst, ends.src))
 
 
 def moments(e: Tensor, sent: Tensor, axis: int, *, ties: bool) -> Moments:
@@ -88,6 +99,11 @@ def moments(e: Tensor, sent: Tensor, axis: int, *, ties: bool) -> Moments:
     at_high = torch.eq(m, high.unsqueeze(axis), out=scratch).sum(axis)
     at_low = torch.eq(m, low.unsqueeze(axis), out=scratch).sum(axis)
     return Moments(total, squares, high, low, at_high, at_low)
+
+
+def both(e: Tensor, ends: Ends, *, ties: bool) -> tuple[Moments, Moments]:
+    """Moments along the edges, at their targets, and against them, at their sources."""
+    return moments(e, ends.sent, 2, ties=ties), moments(e, ends.against, 1, ties=ties)
 
 
 def joined(old: Moments, new: Moments) -> Moments:
@@ -110,24 +126,35 @@ def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upst
     ds = grad * e
     dst = over_sources(ds, ends.src)
     src = over_targets(ds, ends.dst.transpose(1, 2))
-    grad.mul_(scale(ends))
-    b, a = ends.sent, ends.against
-    grad += product(torch.stack((along.total, a), 2), torch.stack((b, against.total), 1))
-    grad.addcmul_(product(torch.stack((2 * along.squares, 2 * a * a), 2), torch.stack((b * b, against.squares), 1)), e)
-    squares = torch.mul(e, e, out=ds)
-    sent = over_targets(e, along.total[:, None])[:, 0] + 2 * b * over_targets(squares, along.squares[:, None])[:, 0]
-    back = over_sources(e, against.total[:, None])[:, 0] + 2 * a * over_sources(squares, against.squares[:, None])[:, 0]
-    sent += _extreme(e, grad, b[:, None, :], along, 2, ds)
-    back += _extreme(e, grad, a[:, :, None], against, 1, ds)
+    advance(grad, ends)
+    sent = _received(e, grad, ends.sent[:, None, :], along, 2, ds)
+    back = _received(e, grad, ends.against[:, :, None], against, 1, ds)
     return Ends(sent, back, dst, src)
 
 
-def _extreme(e: Tensor, grad: Tensor, factor: Tensor, upstream: Upstream, axis: int, scratch: Tensor) -> Tensor:
-    """The part of the extremes: added to `grad`; returns that of the sender's factor."""
+def _received(e: Tensor, grad: Tensor, factor: Tensor, upstream: Upstream, axis: int, scratch: Tensor) -> Tensor:
+    """The part of the messages m = factor * e: added to `grad`; returns that of the sender's factor."""
+    total, squares, high, low, highest, lowest = (value.unsqueeze(axis) for value in upstream)
     m = e * factor
-    part = torch.empty_like(m)
-    torch.eq(m, upstream.highest.unsqueeze(axis), out=part).mul_(upstream.high.unsqueeze(axis))
-    torch.eq(m, upstream.lowest.unsqueeze(axis), out=scratch)
-    part.addcmul_(scratch, upstream.low.unsqueeze(axis))
-    grad.addcmul_(part, factor)
-    return part.mul_(e).sum(3 - axis)
+    dm = (m * (2 * squares)).add_(total)
+    dm.addcmul_(torch.eq(m, highest, out=scratch), high)
+    dm.addcmul_(torch.eq(m, lowest, out=scratch), low)
+    grad.addcmul_(dm, factor)
+    return dm.mul_(e).sum(3 - axis)
+
+
+class Kernels(NamedTuple):
+    """What is done to a chunk, as it stands here or as `torch.compile` fuses it."""
+
+    both: Callable[..., tuple[Moments, Moments]]
+    advance: Callable[[Tensor, Ends], None]
+    backward: Callable[[Tensor, Tensor, Ends, Upstream, Upstream], Ends]
+
+
+PLAIN = Kernels(both, advance, backward)
+
+
+@functools.cache
+def compiled() -> Kernels:
+    """The kernels fused, for chunks of any shape; the first call takes a minute and, on a CPU, a C++ compiler."""
+    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in PLAIN))

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from gmn.edge_tape import EdgeTape
 
+# Forty node vectors per layer are computed again in the backward pass rather than kept: most of the memory else.
+CHEAPLY: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 VAR_FLOOR = 1e-5  # torch-geometric clamps the variance here and reports 0 where it did
 
 
@@ -51,27 +54,31 @@ class MessageLayer(nn.Module):
     def forward(self, nodes: Tensor, tape: EdgeTape, token: Tensor) -> tuple[Tensor, Tensor]:
         """[N, H] to the same; the tape's edges take their step, and the token says so."""
         nodes = self.norm(nodes)
-        factor, sent = self.receive(nodes), self.send(nodes)
-        token, *found = tape.layer(token, sent, self.inv, self.edge_left(nodes), self.edge_right(nodes))
-        along = statistics(factor, found[:4], tape.in_degree)
-        against = statistics(factor, found[4:], tape.out_degree)
-        return nodes + self.aggregate(along) + self.aggregate(against), token
+        vectors = (part(nodes).T.contiguous() for part in (self.receive, self.send, self.edge_left, self.edge_right))
+        factor, sent, left, right = vectors
+        token, *found = tape.layer(token, sent, sent * self.inv[:, None], left, right)
+        update = checkpoint(self.update, factor, tape.in_degree, tape.out_degree, *found, **CHEAPLY)
+        return nodes + update.T, token
+
+    def update(self, factor: Tensor, in_degree: Tensor, out_degree: Tensor, *found: Tensor) -> Tensor:
+        """[H, N]: what both aggregations add to the nodes."""
+        both = statistics(factor, found[:4], in_degree) + statistics(factor, found[4:], out_degree)
+        return torch.addmm(2 * self.aggregate.bias[:, None], self.aggregate.weight, both)
 
 
 def statistics(factor: Tensor, moments: Sequence[Tensor], degree: Tensor) -> Tensor:
-    """[N, 4H]: mean, std, max, min of factor * message.
+    """[4H, N]: mean, std, max, min of factor * message.
 
     Args:
-        factor: [N, H], the receiver's.
-        moments: Total, squares, high, low [N, H] of the messages before the factor.
+        factor: [H, N], the receiver's.
+        moments: Total, squares, high, low [H, N] of the messages before the factor.
         degree: [N], number of messages; a node without messages gets 0.
     """
-    (total, squares, high, low), count = moments, degree.clamp(min=1)[:, None]
+    (total, squares, high, low), count = moments, degree.clamp(min=1)
     mean = factor * total / count
     var = factor * factor * squares / count - mean * mean
     std = var.clamp(min=VAR_FLOOR).sqrt()
     std = std.masked_fill(std <= math.sqrt(VAR_FLOOR), 0.0)
     positive = factor >= 0
-    return torch.cat(
-        [mean, std, factor * torch.where(positive, high, low), factor * torch.where(positive, low, high)], 1
-    )
+    extremes = factor * torch.where(positive, high, low), factor * torch.where(positive, low, high)
+    return torch.cat([mean, std, *extremes])

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from gmn.blockwise import PLAIN, compiled
 from gmn.edge_tape import EdgeTape
 from gmn.errors import ConversionError
 from gmn.graph import GraphSpec, NetworkGraph
@@ -36,6 +37,7 @@ class MetaNetworkConfig:
         zero_init: Start as the identity: the last layer of each decoder is zero.
         backend: `blocks`, or `pyg` (PyTorch Geometric, the slow reference).
         max_chunk_mb: Largest piece of the edges that `blocks` works on at a time; None chooses by device.
+        compile: Let `torch.compile` fuse what `blocks` does; the first pass takes a minute more.
     """
 
     node_features: int
@@ -47,6 +49,7 @@ class MetaNetworkConfig:
     zero_init: bool = True
     backend: Literal["blocks", "pyg"] = "blocks"
     max_chunk_mb: float | None = None
+    compile: bool = False
 
 
 class MetaNetwork(nn.Module):
@@ -94,7 +97,8 @@ class MetaNetwork(nn.Module):
         decoders = [self.edge_decoders[b.kind] if own else None for b, own in zip(blocks, changes, strict=True)]
         encoders = [self.edge_encoders[block.kind] for block in blocks]
         sizes = {"nodes": len(nodes), "hidden": self.config.hidden, "max_chunk_mb": self.config.max_chunk_mb}
-        tape = EdgeTape(blocks, graph.edge_features, encoders, decoders, **sizes)
+        kernels = compiled() if self.config.compile else PLAIN
+        tape = EdgeTape(blocks, graph.edge_features, encoders, decoders, **sizes, kernels=kernels)
         token = tape.encode()
         for layer in self.layers:
             nodes, token = layer(nodes, tape, token)
