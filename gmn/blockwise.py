@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,17 +66,27 @@ class Ends(NamedTuple):
     src: Tensor  # [b, 2, I]
 
 
+def _broadcast(entries: int) -> bool:
+    return torch.compiler.is_compiling() or entries < SMALL
+
+
+def _equal(x: Tensor, y: Tensor, scratch: Tensor) -> Tensor:
+    """1 where equal, else 0, in the type of x: twenty times as fast as a comparison that makes booleans."""
+    return (x == y).to(x.dtype) if torch.compiler.is_compiling() else torch.eq(x, y, out=scratch)
+
+
 def product(t: Tensor, s: Tensor) -> Tensor:
     """[b, O, I]: t_0 s_0 + t_1 s_1, of t [b, O, 2] and s [b, 2, I]."""
-    if t.shape[1] * s.shape[2] < SMALL:
+    if _broadcast(t.shape[1] * s.shape[2]):
         return (t[:, :, :1] * s[:, :1]).addcmul_(t[:, :, 1:], s[:, 1:])
     return torch.bmm(t, s)
 
 
 def over_targets(x: Tensor, v: Tensor) -> Tensor:
     """[b, 2, I]: sum_i v_ki x_ij, of x [b, O, I] and v [b, 2, O]."""
-    small = x.shape[1] * x.shape[2] < SMALL
-    return (v[:, :, :, None] * x[:, None]).sum(2) if small else torch.bmm(v, x)
+    if _broadcast(x.shape[1] * x.shape[2]):
+        return (v[:, :, :, None] * x[:, None]).sum(2)
+    return torch.bmm(v, x)
 
 
 def over_sources(x: Tensor, v: Tensor) -> Tensor:
@@ -96,8 +106,8 @@ def moments(e: Tensor, sent: Tensor, axis: int, *, ties: bool) -> Moments:
     total, squares, high, low = m.sum(axis), scratch.sum(axis), m.amax(axis), m.amin(axis)
     if not ties:
         return Moments(total, squares, high, low, high, low)
-    at_high = torch.eq(m, high.unsqueeze(axis), out=scratch).sum(axis)
-    at_low = torch.eq(m, low.unsqueeze(axis), out=scratch).sum(axis)
+    at_high = _equal(m, high.unsqueeze(axis), scratch).sum(axis)
+    at_low = _equal(m, low.unsqueeze(axis), scratch).sum(axis)
     return Moments(total, squares, high, low, at_high, at_low)
 
 
@@ -137,8 +147,8 @@ def _received(e: Tensor, grad: Tensor, factor: Tensor, upstream: Upstream, axis:
     total, squares, high, low, highest, lowest = (value.unsqueeze(axis) for value in upstream)
     m = e * factor
     dm = (m * (2 * squares)).add_(total)
-    dm.addcmul_(torch.eq(m, highest, out=scratch), high)
-    dm.addcmul_(torch.eq(m, lowest, out=scratch), low)
+    dm.addcmul_(_equal(m, highest, scratch), high)
+    dm.addcmul_(_equal(m, lowest, scratch), low)
     grad.addcmul_(dm, factor)
     return dm.mul_(e).sum(3 - axis)
 
@@ -157,4 +167,5 @@ PLAIN = Kernels(both, advance, backward)
 @functools.cache
 def compiled() -> Kernels:
     """The kernels fused, for chunks of any shape; the first call takes a minute and, on a CPU, a C++ compiler."""
-    return Kernels(*(torch.compile(kernel, dynamic=True) for kernel in PLAIN))
+    fused: list[Any] = [torch.compile(kernel, dynamic=True) for kernel in PLAIN]
+    return Kernels(*fused)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from gmn.builder import Layout
 from gmn.errors import CheckpointError, GmnError
 from gmn.heads import head_counts, restore_heads
-from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
+from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network
 from gmn.surgery import resize
 
@@ -116,7 +116,8 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
 
 def save_metanetwork(path: Path, metanetwork: MetaNetwork, layout: Layout, **more: Tensor) -> None:
     """A metanetwork with the layout its graphs must have; `more` tensors (an optimizer's) ride along."""
-    meta = {"metanetwork": dataclasses.asdict(metanetwork.config), "layout": dataclasses.asdict(layout)}
+    config = {key: value for key, value in dataclasses.asdict(metanetwork.config).items() if key not in RUNTIME}
+    meta = {"metanetwork": config, "layout": dataclasses.asdict(layout)}
     weights = {f"metanetwork.{name}": value for name, value in metanetwork.state_dict().items()}
     save_tensors(path, weights | more, meta)
 

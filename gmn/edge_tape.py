@@ -27,6 +27,7 @@ from gmn.graph import EdgeBlock
 
 CHUNK_MB = {"cpu": 1.0}  # fits into a core's cache; elsewhere many edges at a time
 LARGE_CHUNK_MB = 64.0
+KEEP_MB = 128.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ class EdgeTape:
         decoders: Of each block; None where its features stay.
         nodes: N.
         hidden: H.
+        depth: L, number of layers.
         max_chunk_mb: Largest chunk; None chooses by device. The result does not depend on it but for rounding.
+        keep_mb: Room for the states before some layers, from which those of later ones are rebuilt sooner.
         kernels: What is done to a chunk.
 
     Raises:
@@ -148,7 +151,9 @@ class EdgeTape:
         *,
         nodes: int,
         hidden: int,
+        depth: int,
         max_chunk_mb: float | None = None,
+        keep_mb: float = KEEP_MB,
         kernels: Kernels = PLAIN,
     ) -> None:
         if torch.is_grad_enabled() and any(f.requires_grad for f in features):
@@ -167,6 +172,9 @@ class EdgeTape:
         self.layers: list[Layer] = []
         self.states: list[Tensor] = []
         self.keeps = torch.is_grad_enabled()
+        size = hidden * sum(math.prod(chunk.shape) for chunk in self.chunks) * sample.element_size()
+        count = min(depth - 1, int(keep_mb * 2**20 // size)) if self.keeps else 0
+        self.kept: dict[int, list[Tensor]] = {(n + 1) * (depth + 1) // (count + 1): [] for n in range(count)}
         self.graded = False
 
     # -- what the metanetwork calls ----------------------------------------------------------------------------------
@@ -205,13 +213,18 @@ class EdgeTape:
         """[K, edges]: a chunk's features."""
         return _columns_of(self.features, chunk)
 
-    def rebuilt(self, chunk: Chunk, layers: int) -> Tensor:
-        """[b, o, I]: a chunk's states after so many layers; bit for bit what they were."""
+    def rebuilt(self, number: int, layers: int) -> Tensor:
+        """[b, o, I]: the states of the chunk of that number after so many layers; bit for bit what they were."""
+        chunk = self.chunks[number]
+        g, rows, into = chunk.shape
+        start = max((layer for layer, kept in self.kept.items() if kept and layer <= layers), default=0)
         with torch.no_grad():
-            encoded = columns(self.encoders[chunk.block], self.part(chunk))
-            g, rows, into = chunk.shape
-            e = encoded.view(self.hidden * g, rows, into)
-            for layer in self.layers[:layers]:
+            if start:
+                e = self.kept[start][number]
+                e = e.clone() if start < layers else e
+            else:
+                e = columns(self.encoders[chunk.block], self.part(chunk)).view(self.hidden * g, rows, into)
+            for layer in self.layers[start:layers]:
                 self.kernels.advance(e, self.ends(layer, chunk))
         return e
 
@@ -231,7 +244,7 @@ class _Encode(Function):
     @staticmethod
     def forward(ctx: Any, tape: EdgeTape, *parameters: Tensor) -> Tensor:
         ctx.tape = tape
-        tape.states = [tape.rebuilt(chunk, 0) for chunk in tape.chunks]
+        tape.states = [tape.rebuilt(number, 0) for number in range(len(tape.chunks))]
         return tape.features[0].new_zeros(())
 
     @staticmethod
@@ -252,6 +265,7 @@ class _Layer(Function):
         ctx: Any, tape: EdgeTape, token: Tensor, sent: Tensor, against: Tensor, left: Tensor, right: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.tape, ctx.number = tape, len(tape.layers)
+        sent, against, left, right = (v.detach() for v in (sent, against, left, right))
         none = sent.new_zeros(tape.hidden, tape.nodes)
         high, low = torch.full_like(none, -torch.inf), torch.full_like(none, torch.inf)
         found = [Moments(*(x.clone() for x in (none, none, high, low, none, none))) for _ in range(2)]
@@ -259,6 +273,8 @@ class _Layer(Function):
         # detached: what autograd hands out must not be held by what it was made by
         kept = (Extremes(*(x.detach() for x in own[2:])) for own in found)
         layer = Layer(sent, against, *pairs, *kept)
+        if ctx.number in tape.kept:
+            tape.kept[ctx.number] = [e.clone() for e in tape.states]
         for chunk, e in zip(tape.chunks, tape.states, strict=True):
             ends = tape.ends(layer, chunk)
             along, against_edges = tape.kernels.both(e, ends, ties=tape.keeps)
@@ -279,8 +295,8 @@ class _Layer(Function):
         layer = tape.layers[ctx.number]
         along, against = _upstream(grads_of_moments[:4], layer.along), _upstream(grads_of_moments[4:], layer.back)
         sent, back, left, right = (torch.zeros_like(layer.sent) for _ in range(4))
-        for chunk, grad in zip(tape.chunks, tape.take_gradients(), strict=True):
-            g, e, ends = chunk.shape[0], tape.rebuilt(chunk, ctx.number), tape.ends(layer, chunk)
+        for number, (chunk, grad) in enumerate(zip(tape.chunks, tape.take_gradients(), strict=True)):
+            g, e, ends = chunk.shape[0], tape.rebuilt(number, ctx.number), tape.ends(layer, chunk)
             at_dst = Upstream(*(tape.own(v, chunk.dst, chunk) for v in along))
             at_src = Upstream(*(tape.own(v, chunk.src, chunk) for v in against))
             own = tape.kernels.backward(e, grad, ends, at_dst, at_src)
@@ -297,6 +313,7 @@ class _Layer(Function):
             ):
                 added(total, at, value)
         del tape.layers[ctx.number :]
+        tape.kept.pop(ctx.number, None)
         return None, token, sent, back, left, right
 
 
@@ -324,13 +341,13 @@ class _Decode(Function):
         total, tape.graded = _Gradients(tape.decoders), True
         order = [index for index, decoder in enumerate(tape.decoders) if decoder is not None]
         given = dict(zip(order, grads, strict=True))
-        for chunk, buffer in zip(tape.chunks, tape.states, strict=True):
+        for number, (chunk, buffer) in enumerate(zip(tape.chunks, tape.states, strict=True)):
             decoder = tape.decoders[chunk.block]
             if decoder is None:
                 buffer.zero_()
                 continue
             grad = _columns_of(given, chunk)
-            e = tape.rebuilt(chunk, ctx.depth).view(tape.hidden, -1).requires_grad_()
+            e = tape.rebuilt(number, ctx.depth).view(tape.hidden, -1).requires_grad_()
             with torch.enable_grad():
                 said = columns(decoder, e)
             back = total.add(decoder, said, grad * ctx.ratio, e)

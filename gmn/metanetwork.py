@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from gmn.blockwise import PLAIN, compiled
-from gmn.edge_tape import EdgeTape
+from gmn.edge_tape import KEEP_MB, EdgeTape
 from gmn.errors import ConversionError
 from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import parametric
 from gmn.layers import MessageLayer
 
+RUNTIME = ("backend", "max_chunk_mb", "keep_mb", "compile")  # how it runs, not what it is: not saved with it
 WIDE = 256  # from this many features on an edge encoder has a layer in between, as for 16x16 patch embeddings
 
 
@@ -37,6 +38,7 @@ class MetaNetworkConfig:
         zero_init: Start as the identity: the last layer of each decoder is zero.
         backend: `blocks`, or `pyg` (PyTorch Geometric, the slow reference).
         max_chunk_mb: Largest piece of the edges that `blocks` works on at a time; None chooses by device.
+        keep_mb: Room for edge states of some layers; the others are computed again in the backward pass.
         compile: Let `torch.compile` fuse what `blocks` does; the first pass takes a minute more.
     """
 
@@ -49,6 +51,7 @@ class MetaNetworkConfig:
     zero_init: bool = True
     backend: Literal["blocks", "pyg"] = "blocks"
     max_chunk_mb: float | None = None
+    keep_mb: float = KEEP_MB
     compile: bool = False
 
 
@@ -96,9 +99,10 @@ class MetaNetwork(nn.Module):
         blocks = graph.spec.blocks
         decoders = [self.edge_decoders[b.kind] if own else None for b, own in zip(blocks, changes, strict=True)]
         encoders = [self.edge_encoders[block.kind] for block in blocks]
-        sizes = {"nodes": len(nodes), "hidden": self.config.hidden, "max_chunk_mb": self.config.max_chunk_mb}
-        kernels = compiled() if self.config.compile else PLAIN
-        tape = EdgeTape(blocks, graph.edge_features, encoders, decoders, **sizes, kernels=kernels)
+        config, kernels = self.config, compiled() if self.config.compile else PLAIN
+        sizes = {"nodes": len(nodes), "hidden": config.hidden, "depth": config.layers}
+        limits: dict[str, Any] = {"max_chunk_mb": config.max_chunk_mb, "keep_mb": config.keep_mb}
+        tape = EdgeTape(blocks, graph.edge_features, encoders, decoders, **sizes, **limits, kernels=kernels)
         token = tape.encode()
         for layer in self.layers:
             nodes, token = layer(nodes, tape, token)

@@ -151,6 +151,11 @@ class MetaNetwork(Section):
     edge_ratio: float = Field(default=0.05, gt=0, description="beta: scale of the change to edge features")
     zero_init: bool = Field(default=True, description="start as the identity")
     backend: Literal["blocks", "pyg"] = Field(default="blocks", description="dense blocks, or torch-geometric")
+    max_chunk_mb: float | None = Field(
+        default=None, gt=0, description="blocks: largest piece of the edges worked on at a time; null: by device"
+    )
+    keep_mb: float = Field(default=128.0, ge=0, description="blocks: room for edge states that need no second pass")
+    compile: bool = Field(default=False, description="blocks: fused by torch.compile; a minute before the first step")
 
 
 class MetaTrain(Section):

@@ -3,21 +3,24 @@
 * Gradients are those of the formula, in double precision, by finite differences, ties among messages included.
 * The size of the chunks changes nothing but the last bits; no node lies in two parts of one chunk.
 * Every edge lies in exactly one chunk, and chunks keep to their size where one row does.
-* Memory: one buffer of all edge states, whatever the number of layers.
+* Memory: one buffer of all edge states, whatever the number of layers, and the kept states there is room for, which
+  change no bit. Compiled kernels do the same up to rounding.
 * What it cannot do it refuses: gradients of features, a second backward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 from torch import Tensor, nn
 from zoo import Residual, depthwise, small
 
+import gmn.metanetwork
 from gmn.convert import to_graph
-from gmn.edge_tape import chunks, grouped
+from gmn.edge_tape import EdgeTape, chunks, grouped
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock, NetworkGraph
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
@@ -125,19 +128,48 @@ def test_blocks_of_one_shape_that_share_no_nodes_are_one_chunk() -> None:
     assert len(grouped(blocks, [0, 0, 0, 1, 1], 2, 1e6, torch.device("cpu"))) == 2
 
 
-def test_one_buffer_whatever_the_number_of_layers() -> None:
-    """Bytes that autograd keeps between forward and backward, node vectors and features left out."""
+@pytest.mark.parametrize("share", [0.0, 1.0, 2.5, 99.0])
+def test_kept_states_change_nothing(share: float) -> None:
+    """Room for none, one, two or all of the layers' states: the same bits."""
+    graph = graph_of(small(Residual(), depthwise()[1], Residual(groups=3)))
+    states = 4 * 8 * sum(e[..., 0].numel() for e in graph.edge_features)
+    gradients = []
+    for keep_mb in (0.0, share * states / 2**20):
+        meta = metanetwork(graph, layers=5, keep_mb=keep_mb)
+        gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_one_buffer_whatever_the_number_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers held between forward and backward: one state per edge and those that were asked for, no more."""
     graph = graph_of(small(nn.Conv2d(6, 200, 1), nn.Conv2d(200, 200, 1), nn.Conv2d(200, 6, 1)))
-    edges = sum(e[..., 0].numel() for e in graph.edge_features)
-    kept = []
-    for layers in (1, 6):
-        meta = metanetwork(graph, layers=layers, hidden=32)
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
-            meta(graph)
-        kept.append(max(sizes))
-    assert kept[0] < edges * 32 / 4
-    assert kept[1] == kept[0]
+    state = 32 * sum(e[..., 0].numel() for e in graph.edge_features)
+    tapes: list[EdgeTape] = []
+    monkeypatch.setattr(gmn.metanetwork, "EdgeTape", lambda *a, **k: tapes.append(EdgeTape(*a, **k)) or tapes[-1])
+    for layers, room, expected in ((1, 0, 1), (6, 0, 1), (6, 2.5, 3), (3, 99, 3)):
+        meta = metanetwork(graph, layers=layers, hidden=32, keep_mb=room * state * 8 / 2**20)
+        by_autograd: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=by_autograd: (s.append(x.numel()), x)[1], _same):
+            new = meta(graph)
+        held = [*tapes[-1].states, *(e for kept in tapes[-1].kept.values() for e in kept)]
+        assert sum(e.numel() for e in held) == expected * state
+        assert max(by_autograd) < state / 4
+        del new
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_kernels_do_the_same() -> None:
+    graph = graph_of(small(Residual(groups=3)))
+    results = []
+    for compile in (False, True):
+        meta = metanetwork(graph, compile=compile)
+        results.append([*outputs(meta, graph), *torch.autograd.grad(loss_of(meta, graph), list(meta.parameters()))])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11)
 
 
 def test_what_it_refuses() -> None:
