@@ -11,7 +11,7 @@ autograd runs their backward passes in the opposite order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,95 +20,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from gmn.address import Range
 from gmn.blockwise import PLAIN, Ends, Extremes, Kernels, Moments, Upstream, joined
+from gmn.edge_chunks import Chunk, added, columns_of, grouped, taken
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
 
 CHUNK_MB = {"cpu": 1.0}  # fits into a core's cache; elsewhere many edges at a time
 LARGE_CHUNK_MB = 64.0
 KEEP_MB = 128.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some pieces of a block, and some of their targets."""
-
-    block: int
-    pieces: slice
-    rows: slice
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Parts of one shape, [g, o, I] edges altogether, and the nodes at their ends; no node has two parts in it."""
-
-    parts: tuple[Part, ...]
-    shape: tuple[int, int, int]
-    dst: slice | Tensor
-    src: slice | Tensor
-
-    @property
-    def block(self) -> int:
-        """One of its blocks; all have the same encoder and decoder."""
-        return self.parts[0].block
-
-
-def chunks(blocks: Sequence[EdgeBlock], hidden: int, elements: float) -> Iterator[tuple[Part, tuple[int, int, int]]]:
-    """Cut blocks into parts [g, o, I] of at most so many numbers, or of one row."""
-    for index, block in enumerate(blocks):
-        pieces, out, into, _ = block.shape
-        step_p = max(1, int(elements // (hidden * out * into)))
-        step_o = out if step_p > 1 else max(1, int(elements // (hidden * into)))
-        for p in range(0, pieces, step_p):
-            g = min(step_p, pieces - p)
-            for o in range(0, out, step_o):
-                rows = min(step_o, out - o)
-                yield Part(index, slice(p, p + g), slice(o, o + rows)), (g, rows, into)
-
-
-def grouped(
-    blocks: Sequence[EdgeBlock], alike: Sequence[object], hidden: int, elements: float, device: torch.device
-) -> list[Chunk]:
-    """Chunks of at most so many numbers: parts of one shape lie in one, unless they share nodes.
-
-    Args:
-        alike: Of each block, what blocks of one chunk must have in common.
-    """
-    waiting: dict[Any, list[list[tuple[Part, Range, Range]]]] = {}
-    chosen: list[tuple[tuple[int, int, int], list[tuple[Part, Range, Range]]]] = []
-    for part, shape in chunks(blocks, hidden, elements):
-        dst, src = _nodes(blocks[part.block], part, shape)
-        groups = waiting.setdefault((shape, alike[part.block]), [])
-        most = max(1, int(elements // (hidden * math.prod(shape))))
-        fits = (own for own in groups if len(own) < most and not any(_meet(dst, d) or _meet(src, s) for _, d, s in own))
-        group = next(fits, None)
-        if group is None:
-            group = []
-            groups.append(group)
-            chosen.append((shape, group))
-        group.append((part, dst, src))
-    return [_chunk(shape, group, device) for shape, group in chosen]
-
-
-def _nodes(block: EdgeBlock, part: Part, shape: tuple[int, int, int]) -> tuple[Range, Range]:
-    _, out, into, _ = block.shape
-    g, rows, _ = shape
-    dst = block.dst[0] + part.pieces.start * out + part.rows.start
-    return (dst, dst + g * rows), (block.src[0] + part.pieces.start * into, block.src[0] + part.pieces.stop * into)
-
-
-def _meet(a: Range, b: Range) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
-
-
-def _chunk(shape: tuple[int, int, int], group: list[tuple[Part, Range, Range]], device: torch.device) -> Chunk:
-    parts, dst, src = zip(*group, strict=True)
-    total = (shape[0] * len(parts), *shape[1:])
-    if len(parts) == 1:
-        return Chunk(parts, total, slice(*dst[0]), slice(*src[0]))
-    index = [torch.cat([torch.arange(*ends) for ends in side]).to(device) for side in (dst, src)]
-    return Chunk(parts, total, *index)
 
 
 @dataclass(frozen=True)
@@ -162,8 +81,9 @@ class EdgeTape:
         self.encoders, self.decoders, self.kernels = encoders, decoders, kernels
         sample = features[0]
         megabytes = max_chunk_mb or CHUNK_MB.get(sample.device.type, LARGE_CHUNK_MB)
-        alike = [(id(e), id(d)) for e, d in zip(encoders, decoders, strict=True)]
-        self.chunks = grouped(blocks, alike, hidden, megabytes * 2**20 / sample.element_size(), sample.device)
+        known: dict[Any, int] = {}  # blocks of one encoder and decoder have one number
+        alike = tuple(known.setdefault((e, d), len(known)) for e, d in zip(encoders, decoders, strict=True))
+        self.chunks = grouped(tuple(blocks), alike, hidden, megabytes * 2**20 / sample.element_size(), sample.device)
         self.in_degree, self.out_degree = (sample.new_zeros(nodes) for _ in range(2))
         for block in blocks:
             _, out, into, _ = block.shape
@@ -211,7 +131,7 @@ class EdgeTape:
 
     def part(self, chunk: Chunk) -> Tensor:
         """[K, edges]: a chunk's features."""
-        return _columns_of(self.features, chunk)
+        return columns_of(self.features, chunk)
 
     def rebuilt(self, number: int, layers: int) -> Tensor:
         """[b, o, I]: the states of the chunk of that number after so many layers; bit for bit what they were."""
@@ -346,7 +266,7 @@ class _Decode(Function):
             if decoder is None:
                 buffer.zero_()
                 continue
-            grad = _columns_of(given, chunk)
+            grad = columns_of(given, chunk)
             e = tape.rebuilt(number, ctx.depth).view(tape.hidden, -1).requires_grad_()
             with torch.enable_grad():
                 said = columns(decoder, e)
@@ -378,28 +298,6 @@ class _Gradients:
 def _parameters(modules: Sequence[nn.Module | None]) -> list[Tensor]:
     """Each parameter once: blocks of one kind share their encoder."""
     return list({id(p): p for module in modules if module is not None for p in module.parameters()}.values())
-
-
-def _columns_of(tensors: Sequence[Tensor] | Mapping[int, Tensor], chunk: Chunk) -> Tensor:
-    """[K, edges] of a chunk, from [G, O, I, K] of each block."""
-    own = [tensors[part.block][part.pieces, part.rows] for part in chunk.parts]
-    together = own[0] if len(own) == 1 else torch.cat(own)
-    return together.reshape(-1, together.shape[-1]).T
-
-
-def taken(x: Tensor, axis: int, nodes: slice | Tensor) -> Tensor:
-    """Some nodes of an axis; index_select takes a sixth of the time of an index in brackets."""
-    if isinstance(nodes, Tensor):
-        return x.index_select(axis, nodes)
-    return x.narrow(axis, nodes.start, nodes.stop - nodes.start)
-
-
-def added(total: Tensor, nodes: slice | Tensor, value: Tensor) -> None:
-    """[H, N]: add to some nodes, none of which is there twice."""
-    if isinstance(nodes, Tensor):
-        total.index_add_(1, nodes, value)
-    else:
-        total[:, nodes] += value
 
 
 def _join(found: Moments, nodes: slice | Tensor, own: Moments) -> None:

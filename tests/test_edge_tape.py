@@ -20,7 +20,8 @@ from zoo import Residual, depthwise, small
 
 import gmn.metanetwork
 from gmn.convert import to_graph
-from gmn.edge_tape import EdgeTape, chunks, grouped
+from gmn.edge_chunks import chunks, grouped
+from gmn.edge_tape import EdgeTape
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock, NetworkGraph
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
@@ -103,7 +104,7 @@ def test_every_edge_is_in_one_chunk(elements: float) -> None:
         EdgeBlock("grouped", (6, 6), (21, 9), 3, (1, 1)),
         EdgeBlock("diagonal", (0, 6), (30, 6), 6, (3, 3)),
     )
-    whole = grouped(blocks, [0, 0, 0, 1, 1], 2, elements, torch.device("cpu"))
+    whole = grouped(blocks, (0, 0, 0, 1, 1), 2, elements, torch.device("cpu"))
     seen = [torch.zeros(block.shape[:3], dtype=torch.int64) for block in blocks]
     for chunk in whole:
         for part in chunk.parts:
@@ -119,13 +120,13 @@ def test_every_edge_is_in_one_chunk(elements: float) -> None:
 
 def test_blocks_of_one_shape_that_share_no_nodes_are_one_chunk() -> None:
     blocks = tuple(EdgeBlock(f"b{i}", (8 * i, 4), (8 * i + 4, 4), 1, (1, 1)) for i in range(5))
-    (chunk,) = grouped(blocks, [0] * 5, 2, 1e6, torch.device("cpu"))
+    (chunk,) = grouped(blocks, (0,) * 5, 2, 1e6, torch.device("cpu"))
     assert (len(chunk.parts), chunk.shape) == (5, (5, 4, 4))
     chain = tuple(EdgeBlock(f"c{i}", (4 * i, 4), (4 * i + 4, 4), 1, (1, 1)) for i in range(5))
-    assert len(grouped(chain, [0] * 5, 2, 1e6, torch.device("cpu"))) == 1  # a target here may be a source there
+    assert len(grouped(chain, (0,) * 5, 2, 1e6, torch.device("cpu"))) == 1  # a target here may be a source there
     same = tuple(dataclasses.replace(chain[0], name=str(i)) for i in range(5))
-    assert len(grouped(same, [0] * 5, 2, 1e6, torch.device("cpu"))) == 5
-    assert len(grouped(blocks, [0, 0, 0, 1, 1], 2, 1e6, torch.device("cpu"))) == 2
+    assert len(grouped(same, (0,) * 5, 2, 1e6, torch.device("cpu"))) == 5
+    assert len(grouped(blocks, (0, 0, 0, 1, 1), 2, 1e6, torch.device("cpu"))) == 2
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 2.5, 99.0])

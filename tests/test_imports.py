@@ -42,7 +42,7 @@ LAYERS = (
             "convert",
             "converters",
         ),
-        *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_tape"),
+        *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_tape"),
     },
     {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "overlap", "wordnet"},
     *(
@@ -93,7 +93,7 @@ LAYERS = (
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-BLIND = ("metanetwork", "layers", "layers_pyg", "blockwise", "edge_tape", "vote")
+BLIND = ("metanetwork", "layers", "layers_pyg", "blockwise", "edge_chunks", "edge_tape", "vote")
 ARCHITECTURES = {"convert", "converters", "rules", "reader", "builder", "assemble", "flow", "records", "trace"} | {
     "cifar",
     "networks",
