@@ -197,7 +197,9 @@ def bench_vote(
     bench.show(bench.vote_cost(network, tasks, neighbours))
 
 
-METANETWORK = "Example:  gmn bench metanetwork --graphs resnet56 --threads 1   (pyg alone wants gigabytes and minutes)"
+METANETWORK = (
+    "Example:  gmn bench metanetwork --graphs resnet56 --threads 1,2   (pyg alone takes gigabytes and minutes)"
+)
 
 
 @bench_app.command("metanetwork", epilog=METANETWORK)
@@ -205,19 +207,46 @@ def bench_metanetwork(
     graphs: Annotated[str, typer.Option("--graphs", help="Of resnet20, resnet56, vgg19, resnet50, vit_b_16.")] = (
         "resnet20,resnet56"
     ),
-    backends: Annotated[str, typer.Option("--backends", help="blocks, pyg.")] = "blocks,pyg",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each process.")] = 1,
+    backends: Annotated[str, typer.Option("--backends", help="Of blocks, compiled, pyg.")] = "blocks,pyg",
+    threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
+    passes: Annotated[str, typer.Option("--passes", help="forward, or backward too.")] = "backward",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes of each, after one to warm up.")] = 7,
-    backward: Annotated[bool, typer.Option("--backward/--forward", help="With the backward pass or without.")] = True,
     chunk_mb: Annotated[float | None, typer.Option("--chunk-mb", help="max_chunk_mb of the blocks backend.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
 ) -> None:
     """Time a pass through a metanetwork and its peak memory, the backends taking turns."""
     from gmn import bench_metanetwork as bench
+    from gmn.study_cli import numbers
 
-    names, ways = ([part.strip() for part in text.split(",")] for text in (graphs, backends))
-    found = bench.bench(names, ways, threads=threads, backward=backward, rounds=rounds, chunk_mb=chunk_mb)
+    cases = bench.Cases(_words(graphs), _words(backends), numbers("--threads", threads), _words(passes))
+    bench.show(bench.bench(cases, rounds=rounds, chunk_mb=chunk_mb), output)
+
+
+METASTEP = "Example:  gmn bench metastep --network vit_b_16 --images 2   (inside 8 GB)"
+
+
+@bench_app.command("metastep", epilog=METASTEP)
+def bench_metastep(
+    network: Annotated[str, typer.Option("--network", help="One of the graphs of bench metanetwork.")] = "resnet20",
+    images: Annotated[int, typer.Option("--images", min=1, help="The big batch of a step.")] = 5000,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a mini-batch.")] = 250,
+    ways: Annotated[str, typer.Option("--ways", help="Of gmn, channels_last, bf16, published.")] = "gmn,published",
+    threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each, after one to warm up.")] = 3,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
+) -> None:
+    """Time one step of meta-training by its parts, and its peak memory, the ways taking turns."""
+    from gmn import bench_metastep as bench
+    from gmn.study_cli import numbers
+
+    found = bench.bench(
+        network, _words(ways), numbers("--threads", threads), images=images, batch_size=batch_size, rounds=rounds
+    )
     bench.show(found, output)
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 zoo_app = typer.Typer(no_args_is_help=True, help="The pruned tasks of a network: list, check, add.")

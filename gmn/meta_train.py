@@ -20,6 +20,7 @@ from gmn.criteria import Importance
 from gmn.data import Augment, Split
 from gmn.graph import NetworkGraph
 from gmn.metanetwork import MetaNetwork
+from gmn.phases import Phase, untimed
 from gmn.settings import MetaTrain
 from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
 
@@ -43,6 +44,8 @@ def meta_step(
     pruner_reg: float,
     scale_invariant: bool = False,
     bf16: bool = False,
+    channels_last: bool = False,
+    phase: Phase = untimed,
 ) -> Metrics:
     """Leave the gradient of (accuracy loss + pruner_reg * sparsity loss) in the metanetwork's parameters.
 
@@ -52,33 +55,39 @@ def meta_step(
         batches: The big batch as mini-batches of normalised images and labels.
         pruner_reg: Weight of the sparsity loss.
         scale_invariant: Differentiate the normaliser of the sparsity loss too.
+        bf16, channels_last: How the new network reads the images.
+        phase: Times the parts of the step.
 
     Returns:
         Losses, accuracy, and the norms of both gradients with respect to the new parameters.
     """
-    new = metanetwork(subject.graph).to_state_dict()
+    with phase("metanetwork forward"):
+        new = metanetwork(subject.graph).to_state_dict()
     leaves = {name: value.detach().requires_grad_() for name, value in new.items()}
-    metrics = _accuracy_gradient(subject.model, leaves, batches, bf16)
-    accuracy_gradient = {name: leaf.grad for name, leaf in leaves.items()}
-    sparsity = subject.importance.sparsity_loss(leaves, scale_invariant=scale_invariant)
-    sparsity_gradient = torch.autograd.grad(pruner_reg * sparsity, list(leaves.values()), allow_unused=True)
-    total = []
-    for leaf, gradient in zip(leaves.values(), sparsity_gradient, strict=True):
-        parts = [part for part in (leaf.grad, gradient) if part is not None]
-        total.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(leaf))
-    torch.autograd.backward(list(new.values()), total)
-    return metrics | {
-        "sparsity": sparsity.item(),
-        "accuracy_gradient": _norm(accuracy_gradient.values()),
+    with phase("accuracy"):
+        metrics = _accuracy_gradient(subject.model, leaves, batches, bf16, channels_last)
+    with phase("sparsity"):
+        sparsity = subject.importance.sparsity_loss(leaves, scale_invariant=scale_invariant)
+        sparsity_gradient = torch.autograd.grad(pruner_reg * sparsity, list(leaves.values()), allow_unused=True)
+    norms = {
+        "accuracy_gradient": _norm(leaf.grad for leaf in leaves.values()),
         "sparsity_gradient": _norm(sparsity_gradient),
     }
+    with phase("metanetwork backward"):
+        total = [_sum(leaf, gradient) for leaf, gradient in zip(leaves.values(), sparsity_gradient, strict=True)]
+        torch.autograd.backward(list(new.values()), total)
+    return metrics | {"sparsity": sparsity.item(), **norms}
 
 
-def _accuracy_gradient(model: nn.Module, leaves: dict[str, Tensor], batches: Sequence[Batch], bf16: bool) -> Metrics:
+def _accuracy_gradient(
+    model: nn.Module, leaves: dict[str, Tensor], batches: Sequence[Batch], bf16: bool, channels_last: bool
+) -> Metrics:
     """Sum the gradients of the mean cross-entropy over the mini-batches in the leaves."""
     images = sum(len(labels) for _, labels in batches)
     loss, right = 0.0, 0
     for inputs, labels in batches:
+        if channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
             logits = functional_call(model, leaves, (inputs,))
         part = F.cross_entropy(logits.float(), labels, reduction="sum") / images
@@ -86,6 +95,13 @@ def _accuracy_gradient(model: nn.Module, leaves: dict[str, Tensor], batches: Seq
         loss += part.item()
         right += int((logits.detach().argmax(1) == labels).sum())
     return {"loss": loss, "accuracy": right / images}
+
+
+def _sum(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+    """The gradient of both losses, in place of that of the accuracy loss."""
+    if leaf.grad is None or gradient is None:
+        return next((g for g in (leaf.grad, gradient) if g is not None), torch.zeros_like(leaf))
+    return leaf.grad.add_(gradient)
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> float:
@@ -132,6 +148,7 @@ def train_metanetwork(
             pruner_reg=config.pruner_reg,
             scale_invariant=config.scale_invariant,
             bf16=config.bf16,
+            channels_last=config.channels_last,
         )
 
     save = None if after_epoch is None else lambda epoch: after_epoch(epoch, optimizer)

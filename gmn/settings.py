@@ -174,6 +174,9 @@ class MetaTrain(Section):
         default=True, description="divide by the mean of a group and differentiate it; the paper: false"
     )
     bf16: bool = Field(default=False, description="forward pass of the new network in bfloat16")
+    channels_last: bool = Field(
+        default=False, description="images with their channels last: faster for CNNs that have no .view() of an image"
+    )
 
     @model_validator(mode="after")
     def _milestones_in_reach(self) -> MetaTrain:

@@ -27,7 +27,7 @@ def study(
     """
     if name not in STUDIES:
         raise GmnError("no such study", expected=f"one of {', '.join(STUDIES)}", got=name, hint=nearest(name, STUDIES))
-    counts = _numbers("--neighbours", neighbours)
+    counts = numbers("--neighbours", neighbours)
     load_report(open_run(run))  # a run that is not finished would be finished first
     if similarity is not None:
         similarity_by_name(similarity)
@@ -37,13 +37,14 @@ def study(
         [max(1, steps // 5), steps] if name == "similarity" else [max(1, steps * n // 10) for n in (1, 2, 5, 10, 20)]
     )
     chosen = Choices(
-        similarity or job.recipe.similarity.name, targets, counts, _numbers("--iterations", iterations) or usual
+        similarity or job.recipe.similarity.name, targets, counts, numbers("--iterations", iterations) or usual
     )
     picture = make(job, name, chosen)
     print(f"picture: {picture}\npage: {vote_page.write(run)}")
 
 
-def _numbers(option: str, text: str | None) -> list[int]:
+def numbers(option: str, text: str | None) -> list[int]:
+    """Whole numbers above 0 out of a text with commas, in order; none of None."""
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
     if (text is not None and not parts) or any(not part.isdecimal() or int(part) < 1 for part in parts):
         raise GmnError("not a list of numbers", expected="such as 1,3,10", got=repr(text), where=option)

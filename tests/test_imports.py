@@ -28,7 +28,7 @@ LAYERS = (
         "masks",
         "spec_check",
     }
-    | {"views", "drawing", "placement", "strokes", "spread"},
+    | {"views", "drawing", "placement", "strokes", "phases"},
     {
         *(
             "records",
@@ -67,7 +67,8 @@ LAYERS = (
         | {"zoo", "zoo_check", "zoo_claims", "zoo_files", "zoo_format"}
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
         {"subject", "convert_cli", "zoo_cli"}
-        | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote", "bench_metanetwork"}
+        | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote"}
+        | {"bench_metanetwork", "bench_metastep", "bench_workers"}
         | {
             "pipeline",
             "compare",

@@ -1,0 +1,166 @@
+"""What a step of meta-training costs, by its parts, and its peak memory: this package's ways, and the published one.
+
+gmn            dense blocks, one pass through the metanetwork per step
+channels_last  the same, images with their channels last
+bf16           the same, and the new network reads them in bfloat16
+published      PyTorch Geometric, and a backward pass through the metanetwork for every mini-batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gmn.bench_metanetwork import SUBJECTS, graph_of, metanetwork_of
+from gmn.bench_workers import Turn, Worker, in_turns
+from gmn.checkpoint import save_json
+from gmn.errors import GmnError
+from gmn.names import nearest
+from gmn.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gmn.meta_train import Batch, DataModel
+    from gmn.metanetwork import MetaNetwork
+    from gmn.phases import Stopwatch
+
+WAYS: dict[str, dict[str, bool]] = {
+    "gmn": {},
+    "channels_last": {"channels_last": True},
+    "bf16": {"channels_last": True, "bf16": True},
+    "published": {},
+}
+PHASES = ("images", "metanetwork forward", "accuracy", "sparsity", "metanetwork backward")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a step by its parts (medians over rounds), and the memory in MB that steps added to the network's."""
+
+    network: str
+    way: str
+    threads: int
+    images: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    peak_mb: float = 0.0
+    failed: str = ""
+
+    @property
+    def share(self) -> float:
+        """Of the metanetwork's two passes in the whole step."""
+        passes = self.seconds["metanetwork forward"] + self.seconds["metanetwork backward"]
+        return passes / sum(self.seconds.values())
+
+
+def bench(
+    network: str, ways: Sequence[str], threads: Sequence[int], *, images: int, batch_size: int, rounds: int
+) -> list[Measured]:
+    """Measure a step on random images of the network's size.
+
+    Raises:
+        GmnError: if a network or a way is unknown.
+    """
+    for what, names, known in (("network", [network], SUBJECTS), ("way", ways, WAYS)):
+        for name in names:
+            if name not in known:
+                expected = f"one of {', '.join(known)}"
+                raise GmnError(f"no such {what}", expected=expected, got=name, hint=nearest(name, known))
+    found: list[Measured] = []
+    with track(f"meta-steps of {network}", len(threads) * (rounds + 1)) as advance:
+        for count in threads:
+            facts = {"network": network, "threads": count, "images": images}
+            each: list[dict[str, Any]] = [{**facts, "way": way} for way in ways]
+            workers = [Worker(__name__, {**own, "batch_size": min(batch_size, images)}) for own in each]
+            for own, outcome in zip(each, in_turns(workers, rounds, lambda: advance("")), strict=True):
+                more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
+                found.append(Measured(**own, seconds=outcome.median, **more))
+    return found
+
+
+def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
+    """In a worker: the network, its graph, the metanetwork and the images; and a step."""
+    import torch
+
+    from gmn.criteria import Importance
+    from gmn.data import Augment, Split
+    from gmn.groups import couplings
+    from gmn.meta_train import DataModel, meta_step
+    from gmn.phases import Stopwatch
+
+    own, way = SUBJECTS[facts["network"]], facts["way"]
+    graph = graph_of(facts["network"])
+    assert graph.template is not None
+    subject = DataModel(graph.template.eval(), graph, Importance(graph.spec, couplings(graph.spec)))
+    metanetwork = metanetwork_of(facts["network"], graph, "pyg" if way == "published" else "blocks")
+    optimizer = torch.optim.AdamW(metanetwork.parameters(), lr=1e-4)
+    pixels = torch.randint(0, 256, (facts["images"], 3, own.pixels, own.pixels), dtype=torch.uint8)
+    half = torch.full((3,), 0.5)
+    split = Split(pixels, torch.randint(0, own.classes, (facts["images"],)), half, half)
+    augment, generator = Augment(crop=4, flip=True), torch.Generator().manual_seed(0)
+
+    def turn() -> dict[str, float]:
+        watch = Stopwatch()
+        optimizer.zero_grad(set_to_none=True)
+        with watch("images"):
+            batches = list(split.batches(facts["batch_size"], generator=generator, augment=augment))
+        if way == "published":
+            _published_step(metanetwork, subject, batches, watch)
+        else:
+            meta_step(metanetwork, subject, batches, pruner_reg=1.0, **WAYS[way], phase=watch)
+        optimizer.step()
+        return dict(watch.seconds)
+
+    return {}, turn
+
+
+def _published_step(metanetwork: MetaNetwork, subject: DataModel, batches: Sequence[Batch], watch: Stopwatch) -> None:
+    """The same gradient as `meta_step`, mini-batch by mini-batch through the whole metanetwork."""
+    import torch
+    from torch.func import functional_call
+    from torch.nn import functional as F
+
+    images = sum(len(labels) for _, labels in batches)
+    with watch("metanetwork forward"):
+        new = metanetwork(subject.graph).to_state_dict()
+    with watch("sparsity"):
+        sparsity = subject.importance.sparsity_loss(new)
+    leaves = list(new.values())
+
+    def through(loss: Tensor) -> None:
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        used = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
+        with watch("metanetwork backward"):
+            torch.autograd.backward([leaf for leaf, _ in used], [g for _, g in used], retain_graph=True)
+
+    for inputs, labels in batches:
+        passed = watch.seconds["metanetwork backward"]
+        with watch("accuracy"):
+            through(F.cross_entropy(functional_call(subject.model, new, (inputs,)), labels, reduction="sum") / images)
+        watch.seconds["accuracy"] -= watch.seconds["metanetwork backward"] - passed
+    through(sparsity)
+
+
+def show(found: Sequence[Measured], path: Path | None, console: Console | None = None) -> None:
+    """Print a table, a column for each way; write JSON if a path is given."""
+    network, images = found[0].network, found[0].images
+    title = f"A step of meta-training: {network}, {images:,} images"
+    table = Table(title=title, caption="seconds; medians of rounds in which the ways take turns")
+    table.add_column("part")
+    for row in found:
+        table.add_column(f"{row.way}\n{row.threads} thread" + "s" * (row.threads > 1), justify="right")
+    for phase in PHASES:
+        table.add_row(phase, *(f"{row.seconds[phase]:.3f}" if row.seconds else "" for row in found))
+    table.add_section()
+    table.add_row("whole step", *(f"{sum(row.seconds.values()):.2f}" if row.seconds else row.failed for row in found))
+    table.add_row("share of the metanetwork", *(f"{row.share:.1%}" if row.seconds else "" for row in found))
+    table.add_row("peak MB", *(f"{row.peak_mb:.0f}" if row.seconds else "" for row in found))
+    (console or Console()).print(table)
+    if path is not None:
+        save_json(path, [asdict(row) for row in found])

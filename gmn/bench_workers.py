@@ -1,0 +1,136 @@
+"""Processes that measure something in turns, so that a drift of the machine falls on all alike (A B A B).
+
+Each has its own memory: what it reports is its own. A worker imports a module, calls its `prepare` with the facts, and
+then takes one turn whenever it is told to.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gmn.bench_checks import limit_memory, peak_memory
+
+Numbers = dict[str, float]
+Turn = Callable[[], Numbers]
+MEMORY_SHARE = 0.85  # of the machine's: a worker that wants more fails, instead of the machine
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker measured: medians over its turns but the first, and the memory in MB that the turns added."""
+
+    about: dict[str, Any]
+    median: Numbers
+    rounds: int
+    peak_mb: float
+    failed: str = ""
+
+
+class Worker:
+    """A process that takes turns.
+
+    Args:
+        module: Its `prepare(facts)` returns what it built, as numbers, and the function of a turn.
+        facts: JSON.
+    """
+
+    def __init__(self, module: str, facts: dict[str, Any]) -> None:
+        code = "import sys; from gmn.bench_workers import serve; serve(*sys.argv[1:])"
+        safe = ["-P"] if sys.version_info >= (3, 11) else []
+        environment = {**os.environ, "OMP_NUM_THREADS": str(facts["threads"])}
+        self.process = subprocess.Popen(
+            [sys.executable, *safe, "-W", "ignore", "-c", code, module, json.dumps(facts)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.said: list[Numbers] = []
+        self.failed = ""
+        self.about = self._read()
+
+    def turn(self) -> None:
+        """One turn; nothing if the process has failed."""
+        if self.failed or self.process.stdin is None:
+            return
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        found = self._read()
+        if not self.failed:
+            self.said.append(found)
+
+    def result(self) -> Outcome:
+        """What it measured; the process is ended."""
+        with suppress(BrokenPipeError):
+            self.process.communicate()  # closes its input, which ends it
+        counted = self.said[1:]
+        if self.failed or not counted:
+            return Outcome(self.about, {}, 0, 0.0, self.failed or "no turn was counted")
+        median = {key: statistics.median(turn[key] for turn in counted) for key in counted[0] if key != "peak_mb"}
+        return Outcome(self.about, median, len(counted), self.said[-1]["peak_mb"] - self.about["base_mb"])
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.failed = f"ended with code {code}" + (" (out of memory?)" if code == -9 else "")
+            return {}
+        found: dict[str, Any] = json.loads(line)
+        self.failed = found.get("failed", "")
+        return found
+
+
+def in_turns(workers: Sequence[Worker], rounds: int, tell: Callable[[], None]) -> list[Outcome]:
+    """Let all take turns, one that is not counted first, and return what they measured."""
+    for _ in range(rounds + 1):
+        for worker in workers:
+            worker.turn()
+        tell()
+    return [worker.result() for worker in workers]
+
+
+def serve(module: str, settings: str) -> None:
+    """The worker's side: build, say what was built, then one turn per line of input."""
+    import torch
+
+    facts = json.loads(settings)
+    torch.set_num_threads(facts["threads"])
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limit_memory(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    try:
+        about, turn = importlib.import_module(module).prepare(facts)
+        gc.collect()
+        _say(**about, base_mb=_memory_now())
+        for _ in sys.stdin:
+            _say(**turn(), peak_mb=peak_memory() or 0.0)
+    except (MemoryError, RuntimeError) as error:  # torch's allocator raises a RuntimeError
+        text = str(error).split("\n")[0]
+        _say(failed="out of memory" if "memory" in text else text)
+
+
+def _say(**numbers: Any) -> None:
+    print(json.dumps(numbers), flush=True)
+
+
+def _memory_now() -> float:
+    """What the process holds, in MB; from here on its peak counts anew where the system allows that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) / 1024
+    return peak_memory() or 0.0
