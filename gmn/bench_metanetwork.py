@@ -45,7 +45,7 @@ class Subject:
 SUBJECTS = {
     "resnet20": Subject("cifar.resnet20", {"shortcut": "A"}, 10, 32, "cnn", 4, 32),
     "resnet56": Subject("cifar.resnet56", {"shortcut": "A"}, 10, 32, "resnet56", 8, 64),
-    "vgg19": Subject("torchvision.vgg19_bn", {}, 100, 32, "vgg19", 8, 32),
+    "vgg19": Subject("cifar.vgg19_bn", {}, 100, 32, "vgg19", 8, 32),
     "resnet50": Subject("torchvision.resnet50", {}, 1000, 224, "resnet50", 6, 16),
     "vit_b_16": Subject("torchvision.vit_b_16", {}, 1000, 224, "vit", 3, 4),
 }
