@@ -53,7 +53,11 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds per pass (median over rounds), and the memory in MB that the passes added to the graph's."""
+    """Seconds per pass (median over rounds), and the memory in MB that the passes added to the graph's.
+
+    `moved_gb` is what all operations read and write, from memory or a cache; `least_gb` what a backend with one buffer
+    of edge states has to, see `least_bytes`.
+    """
 
     graph: str
     backend: str
@@ -63,6 +67,8 @@ class Measured:
     edges: int = 0
     rounds: int = 0
     seconds: float = 0.0
+    moved_gb: float = 0.0
+    least_gb: float = 0.0
     peak_mb: float = 0.0
     failed: str = ""
 
@@ -103,9 +109,10 @@ def bench(cases: Cases, *, rounds: int, chunk_mb: float | None) -> list[Measured
             workers = [Worker(__name__, {**own, "chunk_mb": chunk_mb}) for own in each]
             outcomes = in_turns(workers, rounds, lambda name=graph: advance(name))
             for own, outcome in zip(each, outcomes, strict=True):
-                sizes = {key: outcome.about[key] for key in ("nodes", "edges") if key in outcome.about}
+                sizes = {key: outcome.about[key] for key in ("nodes", "edges", "least_gb") if key in outcome.about}
                 more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
-                found.append(Measured(**own, **sizes, **more, seconds=outcome.median.get("seconds", 0.0)))
+                median = {key: outcome.median.get(key, 0.0) for key in ("seconds", "moved_gb")}
+                found.append(Measured(**own, **sizes, **more, **median))  # pyright: ignore[reportArgumentType]
     return found
 
 
@@ -113,20 +120,45 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
     """In a worker: the graph and the metanetwork, and a pass."""
     import torch
 
+    from gmn.traffic import Traffic
+
     graph = graph_of(facts["graph"])
     network = metanetwork_of(facts["graph"], graph, facts["backend"], chunk_mb=facts["chunk_mb"])
 
-    def turn() -> dict[str, float]:
-        start = time.perf_counter()
+    def step() -> None:
         with torch.set_grad_enabled(facts["backward"]):
             new = network(graph)
             if facts["backward"]:
                 features = [f for f in (new.node_features, *new.edge_features) if f.requires_grad]
                 torch.autograd.backward(features, [f.detach() for f in features])
-        return {"seconds": time.perf_counter() - start}
 
+    moved: list[float] = []
+
+    def turn() -> dict[str, float]:
+        start = time.perf_counter()
+        if moved or facts["backend"] == "compiled":  # whose operations nobody sees
+            step()
+        else:  # the first turn is not timed
+            with Traffic() as traffic:
+                step()
+            moved.append(traffic.bytes / 1e9)
+        return {"seconds": time.perf_counter() - start, "moved_gb": sum(moved)}
+
+    least = least_bytes(graph, network.config.layers, network.config.hidden, backward=facts["backward"]) / 1e9
     edges = sum(e[..., 0].numel() for e in graph.edge_features)
-    return {"nodes": graph.spec.num_nodes, "edges": edges}, turn
+    return {"nodes": graph.spec.num_nodes, "edges": edges, "least_gb": least}, turn
+
+
+def least_bytes(graph: Any, layers: int, hidden: int, *, backward: bool) -> float:
+    """What has to move with one buffer of all edge states, each layer seeing all edges before the next.
+
+    forward     features read and written; states written, read and written by every layer, read by the decoder
+    backward    features read with their gradients; the same of the gradients of states, and every layer's states
+    """
+    features = sum(4.0 * e.numel() for e in graph.edge_features)
+    states = 4.0 * hidden * sum(e[..., 0].numel() for e in graph.edge_features)
+    forward = 2 * features + (2 + 2 * layers) * states
+    return forward + (2 * features + (2 + 3 * layers) * states if backward else 0.0)
 
 
 def graph_of(name: str) -> Any:
@@ -157,19 +189,24 @@ def metanetwork_of(name: str, graph: Any, backend: str, *, chunk_mb: float | Non
 
 def show(found: Sequence[Measured], path: Path | None, console: Console | None = None) -> None:
     """Print a table, each backend against pyg on the same graph; write JSON if a path is given."""
-    table = Table(title="A pass through the metanetwork", caption="medians of rounds in which the backends take turns")
-    for name in ("graph", "threads", "backend", "seconds", "faster", "peak MB", "memory"):
+    caption = "medians of rounds in turns; in brackets: against pyg, and against the least that must move"
+    table = Table(title="A pass through the metanetwork", caption=caption)
+    for name in ("graph", "threads", "backend", "seconds", "peak MB", "moved GB"):
         table.add_column(name, justify="left" if name in ("graph", "backend") else "right")
     bases = {(r.graph, r.threads, r.backward): r for r in found if r.backend == "pyg" and not r.failed}
     for row in found:
-        base = bases.get((row.graph, row.threads, row.backward))
-        own, compared = (f"{row.seconds:.3f}", f"{row.peak_mb:.0f}"), ("", "")
-        if row.failed:
-            own = row.failed, ""
-        elif base is not None and row is not base:
-            compared = f"{base.seconds / row.seconds:.1f}x", f"1/{base.peak_mb / max(row.peak_mb, 1):.1f}"
         name = row.graph if row.backward else f"{row.graph}, forward"
-        table.add_row(name, str(row.threads), row.backend, own[0], compared[0], own[1], compared[1])
+        base = bases.get((row.graph, row.threads, row.backward))
+        table.add_row(name, str(row.threads), row.backend, *_cells(row, None if base is row else base))
     (console or Console()).print(table)
     if path is not None:
         save_json(path, [asdict(row) for row in found])
+
+
+def _cells(row: Measured, base: Measured | None) -> tuple[str, str, str]:
+    if row.failed:
+        return row.failed, "", ""
+    moved = f"{row.moved_gb:.1f} ({row.moved_gb / row.least_gb:.0f}x)" if row.moved_gb else ""
+    faster = f" ({base.seconds / row.seconds:.1f}x)" if base else ""
+    smaller = f" (1/{base.peak_mb / max(row.peak_mb, 1):.1f})" if base else ""
+    return f"{row.seconds:.3f}{faster}", f"{row.peak_mb:.0f}{smaller}", moved

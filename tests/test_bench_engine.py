@@ -31,6 +31,10 @@ def test_a_pass_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (forward.rounds, both.rounds) == (2, 2)
     assert 0 < forward.seconds < both.seconds
     assert both.peak_mb > forward.peak_mb > 0
+    states, features = 4 * 32 * 30_672, 4 * sum(e.numel() for e in bench_metanetwork.graph_of("resnet20").edge_features)
+    assert forward.least_gb == pytest.approx((10 * states + 2 * features) / 1e9)
+    assert both.least_gb == pytest.approx((24 * states + 4 * features) / 1e9)
+    assert both.moved_gb > forward.moved_gb > forward.least_gb
     bench_metanetwork.show([forward, both], tmp_path / "found.json")
     assert [row["backward"] for row in json.loads((tmp_path / "found.json").read_text())] == [False, True]
     assert "resnet20, forward" in capsys.readouterr().out

@@ -28,7 +28,7 @@ LAYERS = (
         "masks",
         "spec_check",
     }
-    | {"views", "drawing", "placement", "strokes", "phases"},
+    | {"views", "drawing", "placement", "strokes", "phases", "traffic"},
     {
         *(
             "records",
