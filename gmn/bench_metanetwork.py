@@ -102,7 +102,7 @@ def bench(cases: Cases, *, rounds: int, chunk_mb: float | None) -> list[Measured
     """Measure; a backend that fails, out of memory say, is reported as such."""
     found: list[Measured] = []
     groups = list(itertools.product(cases.graphs, cases.threads, cases.passes))
-    with track("metanetwork passes", len(groups) * (rounds + 1)) as advance:
+    with track("metanetwork passes", len(groups) * (rounds + 2)) as advance:
         for graph, threads, way in groups:
             facts = {"graph": graph, "threads": threads, "backward": way == "backward"}
             each: list[dict[str, Any]] = [{**facts, "backend": backend} for backend in cases.backends]
@@ -111,8 +111,8 @@ def bench(cases: Cases, *, rounds: int, chunk_mb: float | None) -> list[Measured
             for own, outcome in zip(each, outcomes, strict=True):
                 sizes = {key: outcome.about[key] for key in ("nodes", "edges", "least_gb") if key in outcome.about}
                 more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
-                median = {key: outcome.median.get(key, 0.0) for key in ("seconds", "moved_gb")}
-                found.append(Measured(**own, **sizes, **more, **median))  # pyright: ignore[reportArgumentType]
+                seconds, moved = outcome.median.get("seconds", 0.0), outcome.last.get("moved_gb", 0.0)
+                found.append(Measured(**own, **sizes, **more, seconds=seconds, moved_gb=moved))
     return found
 
 
@@ -132,17 +132,14 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
                 features = [f for f in (new.node_features, *new.edge_features) if f.requires_grad]
                 torch.autograd.backward(features, [f.detach() for f in features])
 
-    moved: list[float] = []
-
-    def turn() -> dict[str, float]:
-        start = time.perf_counter()
-        if moved or facts["backend"] == "compiled":  # whose operations nobody sees
-            step()
-        else:  # the first turn is not timed
+    def turn(last: bool) -> dict[str, float]:
+        if last and facts["backend"] != "compiled":  # whose operations nobody sees
             with Traffic() as traffic:
                 step()
-            moved.append(traffic.bytes / 1e9)
-        return {"seconds": time.perf_counter() - start, "moved_gb": sum(moved)}
+            return {"moved_gb": traffic.bytes / 1e9}
+        start = time.perf_counter()
+        step()
+        return {"seconds": time.perf_counter() - start}
 
     least = least_bytes(graph, network.config.layers, network.config.hidden, backward=facts["backward"]) / 1e9
     edges = sum(e[..., 0].numel() for e in graph.edge_features)

@@ -73,7 +73,7 @@ def bench(
                 expected = f"one of {', '.join(known)}"
                 raise GmnError(f"no such {what}", expected=expected, got=name, hint=nearest(name, known))
     found: list[Measured] = []
-    with track(f"meta-steps of {network}", len(threads) * (rounds + 1)) as advance:
+    with track(f"meta-steps of {network}", len(threads) * (rounds + 2)) as advance:
         for count in threads:
             facts = {"network": network, "threads": count, "images": images}
             each: list[dict[str, Any]] = [{**facts, "way": way} for way in ways]
@@ -105,7 +105,7 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
     split = Split(pixels, torch.randint(0, own.classes, (facts["images"],)), half, half)
     augment, generator = Augment(crop=4, flip=True), torch.Generator().manual_seed(0)
 
-    def turn() -> dict[str, float]:
+    def turn(_: bool) -> dict[str, float]:
         watch = Stopwatch()
         optimizer.zero_grad(set_to_none=True)
         with watch("images"):

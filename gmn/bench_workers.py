@@ -23,16 +23,20 @@ from typing import Any
 from gmn.bench_checks import limit_memory, peak_memory
 
 Numbers = dict[str, float]
-Turn = Callable[[], Numbers]
+Turn = Callable[[bool], Numbers]  # told whether it is the last one, whose time and memory do not count
 MEMORY_SHARE = 0.85  # of the machine's: a worker that wants more fails, instead of the machine
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker measured: medians over its turns but the first, and the memory in MB that the turns added."""
+    """What a worker measured: medians over its turns but the first and the last, and the memory in MB that they added.
+
+    `last` is what the last turn said.
+    """
 
     about: dict[str, Any]
     median: Numbers
+    last: Numbers
     rounds: int
     peak_mb: float
     failed: str = ""
@@ -61,12 +65,12 @@ class Worker:
         self.failed = ""
         self.about = self._read()
 
-    def turn(self) -> None:
-        """One turn; nothing if the process has failed."""
+    def turn(self, word: str = "go") -> None:
+        """One turn, the last one if the word is `last`; nothing if the process has failed."""
         if self.failed or self.process.stdin is None:
             return
         with suppress(BrokenPipeError):
-            self.process.stdin.write("go\n")
+            self.process.stdin.write(f"{word}\n")
             self.process.stdin.flush()
         found = self._read()
         if not self.failed:
@@ -76,11 +80,11 @@ class Worker:
         """What it measured; the process is ended."""
         with suppress(BrokenPipeError):
             self.process.communicate()  # closes its input, which ends it
-        counted = self.said[1:]
-        if self.failed or not counted:
-            return Outcome(self.about, {}, 0, 0.0, self.failed or "no turn was counted")
+        if self.failed:
+            return Outcome(self.about, {}, {}, 0, 0.0, self.failed)
+        _, *counted, last = self.said
         median = {key: statistics.median(turn[key] for turn in counted) for key in counted[0] if key != "peak_mb"}
-        return Outcome(self.about, median, len(counted), self.said[-1]["peak_mb"] - self.about["base_mb"])
+        return Outcome(self.about, median, last, len(counted), counted[-1]["peak_mb"] - self.about["base_mb"])
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -95,10 +99,10 @@ class Worker:
 
 
 def in_turns(workers: Sequence[Worker], rounds: int, tell: Callable[[], None]) -> list[Outcome]:
-    """Let all take turns, one that is not counted first, and return what they measured."""
-    for _ in range(rounds + 1):
+    """Let all take turns, one that is not counted before and one after, and return what they measured."""
+    for word in ["go"] * (rounds + 1) + ["last"]:
         for worker in workers:
-            worker.turn()
+            worker.turn(word)
         tell()
     return [worker.result() for worker in workers]
 
@@ -115,8 +119,8 @@ def serve(module: str, settings: str) -> None:
         about, turn = importlib.import_module(module).prepare(facts)
         gc.collect()
         _say(**about, base_mb=_memory_now())
-        for _ in sys.stdin:
-            _say(**turn(), peak_mb=peak_memory() or 0.0)
+        for word in sys.stdin:
+            _say(**turn(word.strip() == "last"), peak_mb=peak_memory() or 0.0)
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises a RuntimeError
         text = str(error).split("\n")[0]
         _say(failed="out of memory" if "memory" in text else text)

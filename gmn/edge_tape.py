@@ -1,8 +1,9 @@
 """The edges of a graph through a metanetwork, in one buffer: forward in place, backward by rebuilding.
 
-The state of an edge after l layers is e_0 times a product of l factors of node vectors, so no layer's states are
-stored. The forward pass keeps the node vectors of every layer and one buffer of all edge states, which the backward
-pass fills with their gradients; what it needs of the states it rebuilds from the features, chunk by chunk.
+The state of an edge after l layers is e_0 times a product of l factors of node vectors, so no layer's states need to
+be stored. The forward pass keeps the node vectors of every layer and one buffer of all edge states, which the backward
+pass fills with their gradients; what it needs of the states it rebuilds chunk by chunk, from the features or from the
+states of an earlier layer, where there was room to keep some.
 
 Three functions of autograd share a tape: encode, one per layer, decode. Each hands a token to the next, so that
 autograd runs their backward passes in the opposite order.

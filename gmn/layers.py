@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import Function
 
 if TYPE_CHECKING:
     from gmn.edge_tape import EdgeTape
 
-# Forty node vectors per layer are computed again in the backward pass rather than kept: most of the memory else.
-CHEAPLY: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 VAR_FLOOR = 1e-5  # torch-geometric clamps the variance here and reports 0 where it did
 
 
@@ -57,13 +55,43 @@ class MessageLayer(nn.Module):
         vectors = (part(nodes).T.contiguous() for part in (self.receive, self.send, self.edge_left, self.edge_right))
         factor, sent, left, right = vectors
         token, *found = tape.layer(token, sent, sent * self.inv[:, None], left, right)
-        update = checkpoint(self.update, factor, tape.in_degree, tape.out_degree, *found, **CHEAPLY)
+        weight, bias = self.aggregate.weight, self.aggregate.bias
+        update = _Update.apply(weight, bias, tape.in_degree, tape.out_degree, factor, *found)
         return nodes + update.T, token
 
-    def update(self, factor: Tensor, in_degree: Tensor, out_degree: Tensor, *found: Tensor) -> Tensor:
-        """[H, N]: what both aggregations add to the nodes."""
-        both = statistics(factor, found[:4], in_degree) + statistics(factor, found[4:], out_degree)
-        return torch.addmm(2 * self.aggregate.bias[:, None], self.aggregate.weight, both)
+
+def update_of(weight: Tensor, bias: Tensor, in_degree: Tensor, out_degree: Tensor, *vectors: Tensor) -> Tensor:
+    """[H, N]: what the aggregations of messages along and against the edges add to the nodes, together.
+
+    Args:
+        weight, bias: Of the linear layer on the statistics.
+        in_degree, out_degree: [N], messages along and against.
+        vectors: [H, N]: the receiver's factor, and the moments along and against, four each.
+    """
+    factor, *found = vectors
+    both = statistics(factor, found[:4], in_degree) + statistics(factor, found[4:], out_degree)
+    return torch.addmm(2 * bias[:, None], weight, both)
+
+
+class _Update(Function):
+    """`update_of`, computed again in the backward pass: forty node vectors per layer would be most of the memory.
+
+    torch.utils.checkpoint does the same and imports the compiler for it, which weighs more than is saved here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return update_of(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        wanted = ctx.needs_input_grad
+        tensors = [x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad():
+            update = update_of(*tensors)
+        found = iter(torch.autograd.grad(update, [x for x in tensors if x.requires_grad], grads))
+        return tuple(next(found) if w else None for w in wanted)
 
 
 def statistics(factor: Tensor, moments: Sequence[Tensor], degree: Tensor) -> Tensor:
