@@ -186,13 +186,13 @@ def metanetwork_of(name: str, graph: Any, backend: str, *, chunk_mb: float | Non
 
 def show(found: Sequence[Measured], path: Path | None, console: Console | None = None) -> None:
     """Print a table, each backend against pyg on the same graph; write JSON if a path is given."""
-    caption = "medians of rounds in turns; in brackets: against pyg, and against the least that must move"
+    caption = "medians of rounds in turns; fwd: forward alone; in brackets: against pyg, and the least that must move"
     table = Table(title="A pass through the metanetwork", caption=caption)
     for name in ("graph", "threads", "backend", "seconds", "peak MB", "moved GB"):
         table.add_column(name, justify="left" if name in ("graph", "backend") else "right")
     bases = {(r.graph, r.threads, r.backward): r for r in found if r.backend == "pyg" and not r.failed}
     for row in found:
-        name = row.graph if row.backward else f"{row.graph}, forward"
+        name = row.graph if row.backward else f"{row.graph} fwd"
         base = bases.get((row.graph, row.threads, row.backward))
         table.add_row(name, str(row.threads), row.backend, *_cells(row, None if base is row else base))
     (console or Console()).print(table)

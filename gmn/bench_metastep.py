@@ -41,7 +41,11 @@ PHASES = ("images", "metanetwork forward", "accuracy", "sparsity", "metanetwork 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step by its parts (medians over rounds), and the memory in MB that steps added to the network's."""
+    """Seconds of a step by its parts (medians over rounds), and the memory in MB.
+
+    `base_mb` is what the process holds before: libraries, network, graph, metanetwork, images; `peak_mb` is what the
+    steps add to it at most.
+    """
 
     network: str
     way: str
@@ -49,6 +53,7 @@ class Measured:
     images: int
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: int = 0
+    base_mb: float = 0.0
     peak_mb: float = 0.0
     failed: str = ""
 
@@ -80,7 +85,8 @@ def bench(
             workers = [Worker(__name__, {**own, "batch_size": min(batch_size, images)}) for own in each]
             for own, outcome in zip(each, in_turns(workers, rounds, lambda: advance("")), strict=True):
                 more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
-                found.append(Measured(**own, seconds=outcome.median, **more))
+                base = outcome.about.get("base_mb", 0.0)
+                found.append(Measured(**own, seconds=outcome.median, base_mb=base, **more))
     return found
 
 
@@ -160,7 +166,8 @@ def show(found: Sequence[Measured], path: Path | None, console: Console | None =
     table.add_section()
     table.add_row("whole step", *(f"{sum(row.seconds.values()):.2f}" if row.seconds else row.failed for row in found))
     table.add_row("share of the metanetwork", *(f"{row.share:.1%}" if row.seconds else "" for row in found))
-    table.add_row("peak MB", *(f"{row.peak_mb:.0f}" if row.seconds else "" for row in found))
+    table.add_row("MB, the step's", *(f"{row.peak_mb:.0f}" if row.seconds else "" for row in found))
+    table.add_row("MB altogether", *(f"{row.base_mb + row.peak_mb:.0f}" if row.seconds else "" for row in found))
     (console or Console()).print(table)
     if path is not None:
         save_json(path, [asdict(row) for row in found])

@@ -24,7 +24,7 @@ from gmn.bench_checks import limit_memory, peak_memory
 
 Numbers = dict[str, float]
 Turn = Callable[[bool], Numbers]  # told whether it is the last one, whose time and memory do not count
-MEMORY_SHARE = 0.85  # of the machine's: a worker that wants more fails, instead of the machine
+MEMORY_SHARE = 0.7  # of the machine's: a worker that wants more fails, before the system kills somebody
 
 
 @dataclass(frozen=True)

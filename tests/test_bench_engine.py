@@ -37,7 +37,7 @@ def test_a_pass_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert both.moved_gb > forward.moved_gb > forward.least_gb
     bench_metanetwork.show([forward, both], tmp_path / "found.json")
     assert [row["backward"] for row in json.loads((tmp_path / "found.json").read_text())] == [False, True]
-    assert "resnet20, forward" in capsys.readouterr().out
+    assert "resnet20 fwd" in capsys.readouterr().out
 
 
 def test_a_step_is_measured_by_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
