@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from gmn.bench_checks import machine_memory
 from gmn.bench_convert import AFTERWARDS
 from gmn.bench_report import section, show, write_section
 from gmn.errors import GmnError
@@ -165,10 +166,8 @@ def _run(command: list[str], limits: Limits, log: IO[bytes], processes: Processe
 
 def _memory(jobs: int) -> list[str]:
     """The memory that a process may take, in MB, as the last argument of the command."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return []
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [f"{MEMORY_SHARE * total / jobs / 2**20:.0f}"]
+    total = machine_memory()
+    return [] if total is None else [f"{MEMORY_SHARE * total / jobs:.0f}"]
 
 
 def _read(path: Path) -> Row:

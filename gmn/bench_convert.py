@@ -152,7 +152,7 @@ def main() -> None:
         limit_memory(float(sys.argv[3]))
     try:
         measure(entry, result)
-    except Exception as problem:
+    except Exception as problem:  # a network of others may raise anything: that is its row of the table
         result.fail(problem)
     result.save()
 

@@ -21,8 +21,7 @@ from rich.table import Table
 
 from gmn.bench_workers import Turn, Worker, in_turns
 from gmn.checkpoint import save_json
-from gmn.errors import GmnError
-from gmn.names import nearest
+from gmn.names import refuse_unknown
 from gmn.progress import track
 
 BACKENDS = ("blocks", "compiled", "pyg")
@@ -88,14 +87,12 @@ class Cases:
 
     def __post_init__(self) -> None:
         for what, names, known in (
-            ("graph", self.graphs, tuple(SUBJECTS)),
+            ("graph", self.graphs, SUBJECTS),
             ("backend", self.backends, BACKENDS),
             ("pass", self.passes, PASSES),
         ):
             for name in names:
-                if name not in known:
-                    expected = f"one of {', '.join(known)}"
-                    raise GmnError(f"no such {what}", expected=expected, got=name, hint=nearest(name, known))
+                refuse_unknown(what, name, known)
 
 
 def bench(cases: Cases, *, rounds: int, chunk_mb: float | None) -> list[Measured]:
@@ -142,8 +139,7 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
         return {"seconds": time.perf_counter() - start}
 
     least = least_bytes(graph, network.config.layers, network.config.hidden, backward=facts["backward"]) / 1e9
-    edges = sum(e[..., 0].numel() for e in graph.edge_features)
-    return {"nodes": graph.spec.num_nodes, "edges": edges, "least_gb": least}, turn
+    return {"nodes": graph.spec.num_nodes, "edges": graph.spec.num_edges, "least_gb": least}, turn
 
 
 def least_bytes(graph: Any, layers: int, hidden: int, *, backward: bool) -> float:
@@ -153,7 +149,7 @@ def least_bytes(graph: Any, layers: int, hidden: int, *, backward: bool) -> floa
     backward    features read with their gradients; the same of the gradients of states, and every layer's states
     """
     features = sum(4.0 * e.numel() for e in graph.edge_features)
-    states = 4.0 * hidden * sum(e[..., 0].numel() for e in graph.edge_features)
+    states = 4.0 * hidden * graph.spec.num_edges
     forward = 2 * features + (2 + 2 * layers) * states
     return forward + (2 * features + (2 + 3 * layers) * states if backward else 0.0)
 

@@ -19,8 +19,7 @@ from rich.table import Table
 from gmn.bench_metanetwork import SUBJECTS, graph_of, metanetwork_of
 from gmn.bench_workers import Turn, Worker, in_turns
 from gmn.checkpoint import save_json
-from gmn.errors import GmnError
-from gmn.names import nearest
+from gmn.names import refuse_unknown
 from gmn.progress import track
 
 if TYPE_CHECKING:
@@ -72,11 +71,9 @@ def bench(
     Raises:
         GmnError: if a network or a way is unknown.
     """
-    for what, names, known in (("network", [network], SUBJECTS), ("way", ways, WAYS)):
-        for name in names:
-            if name not in known:
-                expected = f"one of {', '.join(known)}"
-                raise GmnError(f"no such {what}", expected=expected, got=name, hint=nearest(name, known))
+    refuse_unknown("network", network, SUBJECTS)
+    for way in ways:
+        refuse_unknown("way", way, WAYS)
     found: list[Measured] = []
     with track(f"meta-steps of {network}", len(threads) * (rounds + 2)) as advance:
         for count in threads:
@@ -139,18 +136,19 @@ def _published_step(metanetwork: MetaNetwork, subject: DataModel, batches: Seque
         sparsity = subject.importance.sparsity_loss(new)
     leaves = list(new.values())
 
-    def through(loss: Tensor) -> None:
-        gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    def through(loss: Tensor, phase: str) -> None:
+        with watch(phase):
+            gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
         used = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
         with watch("metanetwork backward"):
             torch.autograd.backward([leaf for leaf, _ in used], [g for _, g in used], retain_graph=True)
 
     for inputs, labels in batches:
-        passed = watch.seconds["metanetwork backward"]
         with watch("accuracy"):
-            through(F.cross_entropy(functional_call(subject.model, new, (inputs,)), labels, reduction="sum") / images)
-        watch.seconds["accuracy"] -= watch.seconds["metanetwork backward"] - passed
-    through(sparsity)
+            logits = functional_call(subject.model, new, (inputs,))
+            loss = F.cross_entropy(logits, labels, reduction="sum") / images
+        through(loss, "accuracy")
+    through(sparsity, "sparsity")
 
 
 def show(found: Sequence[Measured], path: Path | None, console: Console | None = None) -> None:

@@ -10,17 +10,15 @@ import gc
 import importlib
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from gmn.bench_checks import limit_memory, peak_memory
+from gmn.bench_checks import limit_memory, machine_memory, memory_now, peak_memory
 
 Numbers = dict[str, float]
 Turn = Callable[[bool], Numbers]  # told whether it is the last one, whose time and memory do not count
@@ -113,12 +111,12 @@ def serve(module: str, settings: str) -> None:
 
     facts = json.loads(settings)
     torch.set_num_threads(facts["threads"])
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limit_memory(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    if (total := machine_memory()) is not None:
+        limit_memory(MEMORY_SHARE * total)
     try:
         about, turn = importlib.import_module(module).prepare(facts)
         gc.collect()
-        _say(**about, base_mb=_memory_now())
+        _say(**about, base_mb=memory_now())
         for word in sys.stdin:
             _say(**turn(word.strip() == "last"), peak_mb=peak_memory() or 0.0)
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises a RuntimeError
@@ -128,13 +126,3 @@ def serve(module: str, settings: str) -> None:
 
 def _say(**numbers: Any) -> None:
     print(json.dumps(numbers), flush=True)
-
-
-def _memory_now() -> float:
-    """What the process holds, in MB; from here on its peak counts anew where the system allows that."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found[1]) / 1024
-    return peak_memory() or 0.0

@@ -222,7 +222,7 @@ def bench_metanetwork(
     bench.show(bench.bench(cases, rounds=rounds, chunk_mb=chunk_mb), output)
 
 
-METASTEP = "Example:  gmn bench metastep --network vit_b_16 --images 2   (inside 8 GB)"
+METASTEP = "Example:  gmn bench metastep --network vit_b_16 --images 8 --ways gmn   (inside 8 GB)"
 
 
 @bench_app.command("metastep", epilog=METASTEP)

@@ -138,8 +138,7 @@ class Split:
 
     def sample(self, limit: int | None) -> Split:
         """At most `limit` images, evenly spaced: files are often sorted by class."""
-        count = len(self)
-        return self if limit is None or limit >= count else self.subset(torch.arange(limit) * count // limit)
+        return self if limit is None or limit >= len(self) else self.subset(_evenly(limit, len(self)))
 
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors on the device; lazy images are moved batch by batch."""
@@ -273,7 +272,12 @@ def _limited(part: Part, limit: int | None) -> Part:
         return part
     if limit < 1:
         raise DataError("a split without images", expected="`limit` of at least 1", got=str(limit))
-    return part.select(torch.arange(limit) * count // limit)  # evenly spaced: files are often sorted by class
+    return part.select(_evenly(limit, count))
+
+
+def _evenly(limit: int, count: int) -> Tensor:
+    """So many positions out of `count`, evenly spaced: files are often sorted by class."""
+    return torch.arange(limit) * count // limit
 
 
 def _images(part: Part, size: int | None, grey: bool) -> Tensor | LazyImages:
@@ -287,7 +291,7 @@ def _statistics(images: Tensor | LazyImages) -> tuple[Tensor, Tensor]:
     """Mean and std `[C]` in 0..1 units; of lazy images, from an evenly spaced sample."""
     if isinstance(images, LazyImages):
         count = min(SAMPLE, len(images))
-        images = images.subset(torch.arange(count) * len(images) // count).decode_all()
+        images = images.subset(_evenly(count, len(images))).decode_all()
     # exact, from the counts of the 256 values: no float copy of all pixels
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
     values = torch.arange(256, dtype=torch.float64) / 255

@@ -111,6 +111,14 @@ def taken(x: Tensor, axis: int, nodes: slice | Tensor) -> Tensor:
     return x.narrow(axis, nodes.start, nodes.stop - nodes.start)
 
 
+def placed(total: Tensor, nodes: slice | Tensor, value: Tensor) -> None:
+    """[H, N]: write to some nodes."""
+    if isinstance(nodes, Tensor):
+        total.index_copy_(1, nodes, value)
+    else:
+        total[:, nodes] = value
+
+
 def added(total: Tensor, nodes: slice | Tensor, value: Tensor) -> None:
     """[H, N]: add to some nodes, none of which is there twice."""
     if isinstance(nodes, Tensor):

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from gmn.blockwise import PLAIN, Ends, Extremes, Kernels, Moments, Upstream, joined
-from gmn.edge_chunks import Chunk, added, columns_of, grouped, taken
+from gmn.edge_chunks import Chunk, added, columns_of, grouped, placed, taken
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
 
@@ -130,10 +130,6 @@ class EdgeTape:
             src = src.reshape(self.hidden, 2, g, -1).transpose(1, 2).reshape(self.hidden * g, 2, -1)
         return Ends(self.own(layer.sent, chunk.src, chunk), self.own(layer.against, chunk.dst, chunk), dst, src)
 
-    def part(self, chunk: Chunk) -> Tensor:
-        """[K, edges]: a chunk's features."""
-        return columns_of(self.features, chunk)
-
     def rebuilt(self, number: int, layers: int) -> Tensor:
         """[b, o, I]: the states of the chunk of that number after so many layers; bit for bit what they were."""
         chunk = self.chunks[number]
@@ -144,7 +140,9 @@ class EdgeTape:
                 e = self.kept[start][number]
                 e = e.clone() if start < layers else e
             else:
-                e = columns(self.encoders[chunk.block], self.part(chunk)).view(self.hidden * g, rows, into)
+                e = columns(self.encoders[chunk.block], columns_of(self.features, chunk)).view(
+                    self.hidden * g, rows, into
+                )
             for layer in self.layers[start:layers]:
                 self.kernels.advance(e, self.ends(layer, chunk))
         return e
@@ -174,7 +172,7 @@ class _Encode(Function):
         total = _Gradients(tape.encoders)
         for chunk, grad in zip(tape.chunks, tape.take_gradients(), strict=True):
             with torch.enable_grad():
-                encoded = columns(tape.encoders[chunk.block], tape.part(chunk))
+                encoded = columns(tape.encoders[chunk.block], columns_of(tape.features, chunk))
             total.add(tape.encoders[chunk.block], encoded, grad.view_as(encoded))
         tape.states = []
         return None, *total.of_all
@@ -306,10 +304,7 @@ def _join(found: Moments, nodes: slice | Tensor, own: Moments) -> None:
     old = Moments(*(taken(value, 1, nodes) for value in found))
     new = joined(old, Moments(*(value.reshape(hidden, -1) for value in own)))
     for total, value in zip(found, new, strict=True):
-        if isinstance(nodes, Tensor):
-            total.index_copy_(1, nodes, value)
-        else:
-            total[:, nodes] = value
+        placed(total, nodes, value)
 
 
 def _upstream(grads: Sequence[Tensor], found: Extremes) -> Upstream:

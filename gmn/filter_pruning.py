@@ -105,8 +105,14 @@ class _Stages:
         """So many steps on all parameters that may change."""
         config = self.config
         if iterations > 0:
-            fixed = {name: getattr(config, name) for name in ("lr", "batch_size", "bf16")}
-            steps = Fit(epochs=1, iterations=iterations, schedule="cosine" if decay else "multistep", **fixed)
+            steps = Fit(
+                epochs=1,
+                iterations=iterations,
+                lr=config.lr,
+                schedule="cosine" if decay else "multistep",
+                batch_size=config.batch_size,
+                bf16=config.bf16,
+            )
             fit(model, self.split, steps, seed=self.seed, augment=self.augment, title="filter pruning")
             self.flops += training_flops(model, self.example, iterations * min(config.batch_size, len(self.split)))
         self.seed += 1

@@ -21,6 +21,15 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
     return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None
 
 
+def refuse_unknown(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise GmnError, with the nearest names, unless a name is known.
+
+    >>> refuse_unknown("colour", "red", ["red", "blue"])
+    """
+    if name not in (valid := list(known)):
+        raise GmnError(f"no such {what}", expected=f"one of {', '.join(valid)}", got=name, hint=nearest(name, valid))
+
+
 def import_function(name: str, error: type[GmnError]) -> Callable[..., Any]:
     """The callable that `package.module:function` names; raises `error` when there is none.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gmn import vote_page
 from gmn.errors import GmnError
-from gmn.names import nearest
+from gmn.names import refuse_unknown
 from gmn.pipeline import reopened
 from gmn.run import load_report, open_run
 from gmn.similarity import similarity_by_name
@@ -25,8 +25,7 @@ def study(
     Raises:
         GmnError: if a choice is unknown, or the run is not finished or has no zoo.
     """
-    if name not in STUDIES:
-        raise GmnError("no such study", expected=f"one of {', '.join(STUDIES)}", got=name, hint=nearest(name, STUDIES))
+    refuse_unknown("study", name, STUDIES)
     counts = numbers("--neighbours", neighbours)
     load_report(open_run(run))  # a run that is not finished would be finished first
     if similarity is not None:

@@ -36,7 +36,7 @@ def write_pending(path: Path, content: bytes) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException:  # Ctrl-C and a full disk too: no half-written file stays
         temporary.unlink(missing_ok=True)
         raise
     return temporary

@@ -112,7 +112,7 @@ class Index:
             try:
                 yield db
                 db.execute("COMMIT")
-            except BaseException:
+            except BaseException:  # Ctrl-C too: half a transaction would hold off all other writers
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
@@ -189,7 +189,7 @@ def _connect(address: str) -> sqlite3.Connection:
         db.text_factory = _decoded
         for pragma in SAFE:
             db.execute(f"PRAGMA {pragma}")
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nobody else could close it
         db.close()
         raise
     return db
