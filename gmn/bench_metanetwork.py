@@ -24,13 +24,17 @@ from gmn.checkpoint import save_json
 from gmn.names import refuse_unknown
 from gmn.progress import track
 
-BACKENDS = ("blocks", "compiled", "pyg")
+BACKENDS = ("blocks", "compiled", "bf16", "pyg")
 PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network of the paper and the size of its metanetwork (table 22)."""
+    """A network of the paper and the size of its metanetwork (table 22).
+
+    `images` is the big batch that a step of meta-training is measured with; `listed`: its edges fit into the memory of
+    a usual machine as a list, with the states of every layer.
+    """
 
     network: str
     options: dict[str, Any]
@@ -39,14 +43,16 @@ class Subject:
     layout: str
     layers: int
     hidden: int
+    images: int
+    listed: bool
 
 
 SUBJECTS = {
-    "resnet20": Subject("cifar.resnet20", {"shortcut": "A"}, 10, 32, "cnn", 4, 32),
-    "resnet56": Subject("cifar.resnet56", {"shortcut": "A"}, 10, 32, "resnet56", 8, 64),
-    "vgg19": Subject("cifar.vgg19_bn", {}, 100, 32, "vgg19", 8, 32),
-    "resnet50": Subject("torchvision.resnet50", {}, 1000, 224, "resnet50", 6, 16),
-    "vit_b_16": Subject("torchvision.vit_b_16", {}, 1000, 224, "vit", 3, 4),
+    "resnet20": Subject("cifar.resnet20", {"shortcut": "A"}, 10, 32, "cnn", 4, 32, 5000, True),
+    "resnet56": Subject("cifar.resnet56", {"shortcut": "A"}, 10, 32, "resnet56", 8, 64, 5000, True),
+    "vgg19": Subject("cifar.vgg19_bn", {}, 100, 32, "vgg19", 8, 32, 5000, False),
+    "resnet50": Subject("torchvision.resnet50", {}, 1000, 224, "resnet50", 6, 16, 32, False),
+    "vit_b_16": Subject("torchvision.vit_b_16", {}, 1000, 224, "vit", 3, 4, 8, False),
 }
 
 
@@ -173,7 +179,8 @@ def metanetwork_of(name: str, graph: Any, backend: str, *, chunk_mb: float | Non
 
     own = SUBJECTS[name]
     size: dict[str, Any] = {"layers": own.layers, "hidden": own.hidden, "node_ratio": 0.01, "edge_ratio": 0.01}
-    how: dict[str, Any] = {"backend": "pyg" if backend == "pyg" else "blocks", "compile": backend == "compiled"}
+    how: dict[str, Any] = {"backend": "pyg" if backend == "pyg" else "blocks"}
+    how |= {option: backend == name for option, name in (("compile", "compiled"), ("bf16", "bf16"))}
     config = MetaNetworkConfig(
         len(graph.spec.columns), graph.spec.edge_kinds, **size, zero_init=False, **how, max_chunk_mb=chunk_mb
     )

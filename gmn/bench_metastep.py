@@ -64,14 +64,26 @@ class Measured:
 
 
 def bench(
-    network: str, ways: Sequence[str], threads: Sequence[int], *, images: int, batch_size: int, rounds: int
+    network: str,
+    ways: Sequence[str] | None,
+    threads: Sequence[int],
+    *,
+    images: int | None,
+    batch_size: int,
+    rounds: int,
 ) -> list[Measured]:
     """Measure a step on random images of the network's size.
+
+    Args:
+        ways: None: ours, and the published one where it fits into memory.
+        images: None: as many as suit the network.
 
     Raises:
         GmnError: if a network or a way is unknown.
     """
     refuse_unknown("network", network, SUBJECTS)
+    own = SUBJECTS[network]
+    images, ways = images or own.images, ways or (("gmn", "published") if own.listed else ("gmn",))
     for way in ways:
         refuse_unknown("way", way, WAYS)
     found: list[Measured] = []
@@ -79,11 +91,11 @@ def bench(
         for count in threads:
             facts = {"network": network, "threads": count, "images": images}
             each: list[dict[str, Any]] = [{**facts, "way": way} for way in ways]
-            workers = [Worker(__name__, {**own, "batch_size": min(batch_size, images)}) for own in each]
-            for own, outcome in zip(each, in_turns(workers, rounds, lambda: advance("")), strict=True):
+            workers = [Worker(__name__, {**case, "batch_size": min(batch_size, images)}) for case in each]
+            for case, outcome in zip(each, in_turns(workers, rounds, lambda: advance("")), strict=True):
                 more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
                 base = outcome.about.get("base_mb", 0.0)
-                found.append(Measured(**own, seconds=outcome.median, base_mb=base, **more))
+                found.append(Measured(**case, seconds=outcome.median, base_mb=base, **more))
     return found
 
 

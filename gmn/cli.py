@@ -207,7 +207,7 @@ def bench_metanetwork(
     graphs: Annotated[str, typer.Option("--graphs", help="Of resnet20, resnet56, vgg19, resnet50, vit_b_16.")] = (
         "resnet20,resnet56"
     ),
-    backends: Annotated[str, typer.Option("--backends", help="Of blocks, compiled, pyg.")] = "blocks,pyg",
+    backends: Annotated[str, typer.Option("--backends", help="Of blocks, compiled, bf16, pyg.")] = "blocks,pyg",
     threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
     passes: Annotated[str, typer.Option("--passes", help="forward, or backward too.")] = "backward",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes of each, after one to warm up.")] = 7,
@@ -222,15 +222,15 @@ def bench_metanetwork(
     bench.show(bench.bench(cases, rounds=rounds, chunk_mb=chunk_mb), output)
 
 
-METASTEP = "Example:  gmn bench metastep --network vit_b_16 --images 8 --ways gmn   (inside 8 GB)"
+METASTEP = "Examples:  gmn bench metastep --ways gmn,bf16   |   gmn bench metastep --network vit_b_16   (inside 8 GB)"
 
 
 @bench_app.command("metastep", epilog=METASTEP)
 def bench_metastep(
     network: Annotated[str, typer.Option("--network", help="One of the graphs of bench metanetwork.")] = "resnet20",
-    images: Annotated[int, typer.Option("--images", min=1, help="The big batch of a step.")] = 5000,
+    images: Annotated[int | None, typer.Option("--images", min=1, help="The big batch; default: by network.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a mini-batch.")] = 250,
-    ways: Annotated[str, typer.Option("--ways", help="Of gmn, channels_last, bf16, published.")] = "gmn,published",
+    ways: Annotated[str | None, typer.Option("--ways", help="Of gmn, channels_last, bf16, published.")] = None,
     threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each, after one to warm up.")] = 3,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
@@ -239,10 +239,9 @@ def bench_metastep(
     from gmn import bench_metastep as bench
     from gmn.study_cli import numbers
 
-    found = bench.bench(
-        network, _words(ways), numbers("--threads", threads), images=images, batch_size=batch_size, rounds=rounds
-    )
-    bench.show(found, output)
+    chosen = None if ways is None else _words(ways)
+    options = {"images": images, "batch_size": batch_size, "rounds": rounds}
+    bench.show(bench.bench(network, chosen, numbers("--threads", threads), **options), output)
 
 
 def _words(text: str) -> list[str]:

@@ -12,7 +12,8 @@ autograd runs their backward passes in the opposite order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ class EdgeTape:
         depth: L, number of layers.
         max_chunk_mb: Largest chunk; None chooses by device. The result does not depend on it but for rounding.
         keep_mb: Room for the states before some layers, from which those of later ones are rebuilt sooner.
+        stored: Type that states and their gradients are held in; what is done to a chunk, sums above all, has the
+            features' type. None: that too.
         kernels: What is done to a chunk.
 
     Raises:
@@ -74,6 +77,7 @@ class EdgeTape:
         depth: int,
         max_chunk_mb: float | None = None,
         keep_mb: float = KEEP_MB,
+        stored: torch.dtype | None = None,
         kernels: Kernels = PLAIN,
     ) -> None:
         if torch.is_grad_enabled() and any(f.requires_grad for f in features):
@@ -81,6 +85,7 @@ class EdgeTape:
         self.blocks, self.features, self.nodes, self.hidden = blocks, features, nodes, hidden
         self.encoders, self.decoders, self.kernels = encoders, decoders, kernels
         sample = features[0]
+        self.dtype, self.stored = sample.dtype, stored or sample.dtype
         megabytes = max_chunk_mb or CHUNK_MB.get(sample.device.type, LARGE_CHUNK_MB)
         known: dict[Any, int] = {}  # blocks of one encoder and decoder have one number
         alike = tuple(known.setdefault((e, d), len(known)) for e, d in zip(encoders, decoders, strict=True))
@@ -93,7 +98,7 @@ class EdgeTape:
         self.layers: list[Layer] = []
         self.states: list[Tensor] = []
         self.keeps = torch.is_grad_enabled()
-        size = hidden * sum(math.prod(chunk.shape) for chunk in self.chunks) * sample.element_size()
+        size = hidden * sum(math.prod(chunk.shape) for chunk in self.chunks) * self.stored.itemsize
         count = min(depth - 1, int(keep_mb * 2**20 // size)) if self.keeps else 0
         self.kept: dict[int, list[Tensor]] = {(n + 1) * (depth + 1) // (count + 1): [] for n in range(count)}
         self.graded = False
@@ -137,15 +142,29 @@ class EdgeTape:
         start = max((layer for layer, kept in self.kept.items() if kept and layer <= layers), default=0)
         with torch.no_grad():
             if start:
-                e = self.kept[start][number]
-                e = e.clone() if start < layers else e
+                e = self.kept[start][number].to(self.dtype, copy=start < layers)
             else:
                 e = columns(self.encoders[chunk.block], columns_of(self.features, chunk)).view(
                     self.hidden * g, rows, into
                 )
+                self.round(e)
             for layer in self.layers[start:layers]:
                 self.kernels.advance(e, self.ends(layer, chunk))
+                self.round(e)
         return e
+
+    def round(self, e: Tensor) -> None:
+        """What storing does to states, in place."""
+        if self.stored != self.dtype:
+            e.copy_(e.to(self.stored))
+
+    @contextmanager
+    def opened(self, state: Tensor) -> Iterator[Tensor]:
+        """Stored numbers in the type to compute with; what is made of them is stored again."""
+        work = state.to(self.dtype)
+        yield work
+        if work is not state:
+            state.copy_(work)
 
     def take_gradients(self) -> list[Tensor]:
         """The buffer, which holds gradients from now on; zeros if nothing was decoded."""
@@ -163,17 +182,18 @@ class _Encode(Function):
     @staticmethod
     def forward(ctx: Any, tape: EdgeTape, *parameters: Tensor) -> Tensor:
         ctx.tape = tape
-        tape.states = [tape.rebuilt(number, 0) for number in range(len(tape.chunks))]
+        ctx.save_for_backward(*parameters)
+        tape.states = [tape.rebuilt(number, 0).to(tape.stored) for number in range(len(tape.chunks))]
         return tape.features[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         tape: EdgeTape = ctx.tape
-        total = _Gradients(tape.encoders)
+        total = _Gradients(tape.encoders, ctx.saved_tensors)
         for chunk, grad in zip(tape.chunks, tape.take_gradients(), strict=True):
             with torch.enable_grad():
                 encoded = columns(tape.encoders[chunk.block], columns_of(tape.features, chunk))
-            total.add(tape.encoders[chunk.block], encoded, grad.view_as(encoded))
+            total.add(tape.encoders[chunk.block], encoded, grad.view_as(encoded).to(tape.dtype))
         tape.states = []
         return None, *total.of_all
 
@@ -194,12 +214,13 @@ class _Layer(Function):
         layer = Layer(sent, against, *pairs, *kept)
         if ctx.number in tape.kept:
             tape.kept[ctx.number] = [e.clone() for e in tape.states]
-        for chunk, e in zip(tape.chunks, tape.states, strict=True):
+        for chunk, state in zip(tape.chunks, tape.states, strict=True):
             ends = tape.ends(layer, chunk)
-            along, against_edges = tape.kernels.both(e, ends, ties=tape.keeps)
+            with tape.opened(state) as e:
+                along, against_edges = tape.kernels.both(e, ends, ties=tape.keeps)
+                tape.kernels.advance(e, ends)
             _join(found[0], chunk.dst, along)
             _join(found[1], chunk.src, against_edges)
-            tape.kernels.advance(e, ends)
         for own in found:  # nodes without a message
             own.high.masked_fill_(own.high == -torch.inf, 0.0)
             own.low.masked_fill_(own.low == torch.inf, 0.0)
@@ -214,11 +235,12 @@ class _Layer(Function):
         layer = tape.layers[ctx.number]
         along, against = _upstream(grads_of_moments[:4], layer.along), _upstream(grads_of_moments[4:], layer.back)
         sent, back, left, right = (torch.zeros_like(layer.sent) for _ in range(4))
-        for number, (chunk, grad) in enumerate(zip(tape.chunks, tape.take_gradients(), strict=True)):
+        for number, (chunk, buffer) in enumerate(zip(tape.chunks, tape.take_gradients(), strict=True)):
             g, e, ends = chunk.shape[0], tape.rebuilt(number, ctx.number), tape.ends(layer, chunk)
             at_dst = Upstream(*(tape.own(v, chunk.dst, chunk) for v in along))
             at_src = Upstream(*(tape.own(v, chunk.src, chunk) for v in against))
-            own = tape.kernels.backward(e, grad, ends, at_dst, at_src)
+            with tape.opened(buffer) as grad:
+                own = tape.kernels.backward(e, grad, ends, at_dst, at_src)
             targets, sources = (
                 v.reshape(tape.hidden, g, 2, -1).transpose(1, 2).reshape(tape.hidden, 2, -1) for v in own[2:]
             )
@@ -240,11 +262,12 @@ class _Decode(Function):
     @staticmethod
     def forward(ctx: Any, tape: EdgeTape, ratio: float, token: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.tape, ctx.ratio, ctx.depth = tape, ratio, len(tape.layers)
+        ctx.save_for_backward(*parameters)
         made = {i: torch.empty_like(tape.features[i]) for i, d in enumerate(tape.decoders) if d is not None}
         for chunk, e in zip(tape.chunks, tape.states, strict=True):
             decoder = tape.decoders[chunk.block]
             if decoder is not None:
-                said = columns(decoder, e.view(tape.hidden, -1)).mul_(ratio).T
+                said = columns(decoder, e.view(tape.hidden, -1).to(tape.dtype)).mul_(ratio).T
                 for part, own in zip(chunk.parts, said.tensor_split(len(chunk.parts)), strict=True):
                     place = made[part.block][part.pieces, part.rows]
                     place.copy_(own.reshape(place.shape))
@@ -257,7 +280,7 @@ class _Decode(Function):
         tape: EdgeTape = ctx.tape
         if not tape.states:
             raise ConversionError("the graph of the metanetwork was used up by an earlier backward pass")
-        total, tape.graded = _Gradients(tape.decoders), True
+        total, tape.graded = _Gradients(tape.decoders, ctx.saved_tensors), True
         order = [index for index, decoder in enumerate(tape.decoders) if decoder is not None]
         given = dict(zip(order, grads, strict=True))
         for number, (chunk, buffer) in enumerate(zip(tape.chunks, tape.states, strict=True)):
@@ -276,10 +299,17 @@ class _Decode(Function):
 
 
 class _Gradients:
-    """Sums of the gradients of some modules' parameters, in the order of `_parameters`."""
+    """Sums of the gradients of some modules' parameters, in the order of `_parameters`.
 
-    def __init__(self, modules: Sequence[nn.Module | None]) -> None:
-        self.places = {id(parameter): index for index, parameter in enumerate(_parameters(modules))}
+    What the forward pass read is given too: the backward pass computes again, and must find the same.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module | None], read: Sequence[Tensor]) -> None:
+        parameters = _parameters(modules)
+        if any(now is not then for now, then in zip(parameters, read, strict=True)):
+            hint = "call backward inside of what exchanges them, or use backend: pyg"
+            raise ConversionError("the metanetwork has other parameters than in the forward pass", hint=hint)
+        self.places = {id(parameter): index for index, parameter in enumerate(parameters)}
         self.of_all: list[Tensor | None] = [None] * len(self.places)
 
     def add(self, module: nn.Module, output: Tensor, grad: Tensor, wanted: Tensor | None = None) -> Tensor | None:

@@ -155,6 +155,7 @@ class MetaNetwork(Section):
         default=None, gt=0, description="blocks: largest piece of the edges worked on at a time; null: by device"
     )
     keep_mb: float = Field(default=128.0, ge=0, description="blocks: room for edge states that need no second pass")
+    bf16: bool = Field(default=False, description="blocks: edge states in bfloat16, half the memory; sums in float32")
     compile: bool = Field(default=False, description="blocks: fused by torch.compile; a minute before the first step")
 
 

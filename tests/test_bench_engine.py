@@ -42,6 +42,7 @@ def test_a_pass_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_step_is_measured_by_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
     found = bench_metastep.bench("resnet20", ["gmn", "bf16"], [1], images=4, batch_size=2, rounds=1)
+    assert [row.images for row in found] == [4, 4]
     assert [row.way for row in found] == ["gmn", "bf16"]
     for row in found:
         assert row.seconds.keys() == set(bench_metastep.PHASES)
