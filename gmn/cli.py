@@ -1,4 +1,4 @@
-"""The command line: `gmn meta-train`, `prune`, `report`, `inspect`, `convert`, `bench`, `zoo`."""
+"""The command line: `gmn meta-train`, `prune`, `curve`, `select`, `report`, `inspect`, `convert`, `bench`, `zoo`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,39 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     folder = open_run(run)
     reports.show(load_report(folder), folder)
+
+
+RunArgument = Annotated[Path, typer.Argument(help="The folder of a run that meta-trained.")]
+FinetuneOption = Annotated[int, typer.Option("--finetune-images", min=0, help="Brief fine-tuning of each checkpoint.")]
+
+
+@app.command(epilog="Example:  gmn curve runs/quickstart --checkpoints 0,2,5")
+def curve(
+    run: RunArgument,
+    checkpoints: Annotated[str | None, typer.Option("--checkpoints", help="0: none. Default: 0, best, last")] = None,
+    points: Annotated[int, typer.Option("--points", min=2, help="Speed-ups of each curve.")] = 12,
+    images: Annotated[int, typer.Option("--images", min=1, help="At most so many validation images a point.")] = 2000,
+    drop: Annotated[float, typer.Option("--drop", min=0, help="Accuracy lost at the turning point.")] = 0.02,
+    finetune_images: FinetuneOption = 0,
+) -> None:
+    """Draw accuracy against speed-up, without fine-tuning, for some checkpoints of a run."""
+    from gmn import curve_cli
+
+    size = {"points": points, "images": images, "drop": drop, "finetune_images": finetune_images}
+    curve_cli.curve(run, checkpoints=checkpoints, **size)
+
+
+@app.command(epilog="Example:  gmn select runs/quickstart --min-accuracy 0.97   (add --use to make it the run's)")
+def select(
+    run: RunArgument,
+    min_accuracy: Annotated[float, typer.Option("--min-accuracy", help="Validation accuracy before pruning.")],
+    finetune_images: FinetuneOption = 10_000,
+    use: Annotated[bool, typer.Option("--use", help="Make it the run's metanetwork.")] = False,
+) -> None:
+    """Find the last checkpoint that keeps networks accurate, by binary search; later ones make them easier to prune."""
+    from gmn import curve_cli
+
+    curve_cli.select(run, min_accuracy=min_accuracy, finetune_images=finetune_images, use=use)
 
 
 ModelArgument = Annotated[

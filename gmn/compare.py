@@ -13,23 +13,18 @@ import math
 import statistics
 from typing import Any
 
-import torch
 from torch import nn
 
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.costs import Cost, cost, latency
+from gmn.curve import POINTS, curve_of
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
-from gmn.ranking import mask_steps
 from gmn.settings import Fit
 from gmn.spread import spread
-from gmn.surgery import remove, settled
-from gmn.training import evaluate, recalibrate
-
-CURVE_POINTS = 8
-CURVE_IMAGES = 2000
+from gmn.training import evaluate
 
 
 def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | None = None) -> dict[str, Any]:
@@ -153,28 +148,11 @@ def _curve(
 ) -> dict[str, list[tuple[float, float]]]:
     """Validation accuracy against speed-up, without fine-tuning, batch norms recalibrated."""
     curve: dict[str, list[tuple[float, float]]] = {}
-    with track("accuracy against speed-up", len(metanetworks) * CURVE_POINTS) as advance:
+    with track("accuracy against speed-up", len(metanetworks) * (POINTS + 1)) as advance:
         for name, metanetwork in metanetworks.items():
             model = job.rewrite(start, metanetwork, layout)
-            curve[name] = _curve_of(job, model, cost(base, job.example), advance)
+            curve[name] = curve_of(job, model, cost(base, job.example), advance)
     return curve
-
-
-def _curve_of(job: MetaJob, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
-    graph = job.graph(model)
-    coupled = settled(model, graph.spec, job.example)
-    state, own = dict(model.state_dict()), job.recipe
-    masks = list(mask_steps(state, graph.spec, coupled, own.prune, own.criterion, job.prior))
-    points = [
-        (before.flops / cost(model, job.example).flops, evaluate(model, job.data.val, limit=CURVE_IMAGES).accuracy)
-    ]
-    for number in torch.linspace(0, len(masks) - 1, CURVE_POINTS).round().int().tolist():
-        smaller = remove(model, graph.spec, masks[number], job.example, coupled=coupled)
-        recalibrate(smaller, job.data.train, job.recipe.prune.recalibrate, seed=job.recipe.seed)
-        accuracy = evaluate(smaller, job.data.val, limit=CURVE_IMAGES).accuracy
-        points.append((before.flops / cost(smaller, job.example).flops, accuracy))
-        advance(f"{points[-1][0]:.1f}x: {accuracy:.1%}")
-    return points
 
 
 def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:

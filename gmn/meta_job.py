@@ -31,7 +31,7 @@ from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
 from gmn.ranking import Pruned, prune_to
 from gmn.run import Run
-from gmn.settings import Recipe
+from gmn.settings import Fit, Recipe
 from gmn.trace import clone
 from gmn.training import evaluate, make_optimizer, recalibrate
 from gmn.vote import prior
@@ -86,6 +86,15 @@ class MetaJob(Job):
         """A network for the metanetwork to learn on."""
         return self.keep(f"data-models/{index}", lambda: self.initially_pruned(self.trained(index), index))
 
+    def learners(self) -> list[nn.Module]:
+        """The networks that the metanetwork learns on."""
+        return [self.data_model(index) for index in range(self.recipe.data_models.train)]
+
+    def judges(self) -> list[nn.Module]:
+        """The networks that choose a checkpoint: held out, if the recipe has such."""
+        first, count = self.recipe.data_models.train, self.recipe.data_models.val
+        return [self.data_model(index) for index in range(first, first + count)] or self.learners()
+
     def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
         settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
         own = self.recipe.criterion
@@ -122,12 +131,16 @@ class MetaJob(Job):
         """Where the metanetwork of an epoch is saved."""
         return self.run.folder / "checkpoints" / f"epoch-{epoch:03d}.safetensors"
 
-    def learn(self, subjects: list[DataModel]) -> None:
+    def checkpoints(self) -> list[int]:
+        """The epochs whose metanetwork is saved."""
+        return [epoch for epoch in range(1, self.recipe.meta_train.epochs + 1) if self.checkpoint(epoch).is_file()]
+
+    def learn(self) -> None:
         """Meta-train; one checkpoint per epoch, from the last of which a stopped run goes on."""
-        settings = self.recipe.meta_train
-        done = max((epoch for epoch in range(1, settings.epochs + 1) if self.checkpoint(epoch).is_file()), default=0)
-        if done == settings.epochs:
+        settings, done = self.recipe.meta_train, max(self.checkpoints(), default=0)
+        if done == settings.epochs or self._no_better(done):
             return
+        subjects = [self.subject(model) for model in self.learners()]
         metanetwork = self.new_metanetwork(subjects).train()
         optimizer = make_optimizer(metanetwork, settings)
         if done:
@@ -136,9 +149,10 @@ class MetaJob(Job):
             restore_optimizer(optimizer, tensors)
             say(f"meta-training goes on after epoch {done}")
 
-        def save(epoch: int, optimizer: Optimizer) -> None:
+        def save(epoch: int, optimizer: Optimizer) -> bool:
             state = optimizer_tensors(optimizer)
             save_metanetwork(self.checkpoint(epoch + 1), metanetwork, self.layout, **state)
+            return self._no_better(epoch + 1)
 
         train_metanetwork(
             metanetwork,
@@ -164,7 +178,18 @@ class MetaJob(Job):
             network = MetaNetwork(MetaNetworkConfig(len(self.layout.columns), kinds, **size))
         return network.to(self.device)
 
-    def select(self, judges: list[DataModel]) -> tuple[MetaNetwork, Layout]:
+    def _no_better(self, done: int) -> bool:
+        """Look at the checkpoints so far as the recipe says; whether its patience is at an end."""
+        settings = self.recipe.meta_train
+        looks = range(settings.eval_every, done + 1, settings.eval_every) if settings.eval_every else ()
+        scores = [self.score(epoch) for epoch in looks]
+        best = max(range(len(scores)), key=scores.__getitem__, default=0)
+        over = bool(settings.patience) and len(scores) - 1 - best >= settings.patience
+        if over and done < settings.epochs:
+            say(f"meta-training stops after epoch {done}: no better than epoch {looks[best]}")
+        return over
+
+    def select(self) -> tuple[MetaNetwork, Layout]:
         """The checkpoint whose networks have the best validation accuracy when pruned, before the last fine-tuning.
 
         Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.
@@ -172,13 +197,12 @@ class MetaJob(Job):
         target = self.run.folder / "metanetwork.safetensors"
         if not target.is_file():
             scores: dict[int, float] = {}
-            epochs = range(self.recipe.meta_train.epochs + 1)
+            epochs = [0, *self.checkpoints()]
             with track("choosing the checkpoint", len(epochs)) as advance:
                 for epoch in epochs:
-                    scores[epoch] = self.judge(epoch, judges)
-                    self.run.log("select", epoch=epoch, validation_accuracy=scores[epoch])
+                    scores[epoch] = self.score(epoch)
                     advance(f"epoch {epoch}: {scores[epoch]:.1%}")
-            best = max(list(epochs)[1:], key=lambda epoch: scores[epoch])
+            best = max(epochs[1:], key=lambda epoch: scores[epoch])
             say(
                 f"checkpoint {best}: {scores[best]:.2%} after pruning, without metanetwork {scores[0]:.2%} (validation)"
             )
@@ -187,18 +211,38 @@ class MetaJob(Job):
         metanetwork, layout, _ = load_metanetwork(target)
         return metanetwork.to(self.device), layout
 
-    def judge(self, epoch: int, judges: list[DataModel]) -> float:
-        """Mean validation accuracy of the judges: rewritten by a checkpoint, fine-tuned as the recipe says, pruned."""
+    def score(self, epoch: int) -> float:
+        """Mean validation accuracy of the judges: rewritten by a checkpoint, fine-tuned as the recipe says, pruned.
+
+        It is logged, and looked up when it is asked for again.
+        """
+        known = {entry["epoch"]: entry["validation_accuracy"] for entry in self.run.events("select")}
+        if epoch not in known:
+            models = [self.rewritten(judge, epoch, self.recipe.finetune.after_meta) for judge in self.judges()]
+            accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
+            known[epoch] = sum(accuracies) / len(accuracies)
+            self.run.log("select", epoch=epoch, validation_accuracy=known[epoch])
+        return known[epoch]
+
+    def rewritten(self, model: nn.Module, epoch: int, tuning: Fit | None) -> nn.Module:
+        """The network as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""
         metanetwork = load_metanetwork(self.checkpoint(epoch))[0].to(self.device) if epoch else None
-        accuracies = []
-        for judge in judges:
-            model = self.rewrite(judge.model, metanetwork, self.layout)
-            if self.recipe.finetune.after_meta:
-                self.fit(model, self.recipe.finetune.after_meta, 400, f"fine-tuning after checkpoint {epoch}")
-            reference = self.recipe.prune.speed_up / self.recipe.data_models.initial_speed_up
-            pruned = self.prune(model, max(reference, 1.01)).model
-            accuracies.append(evaluate(pruned, self.data.val).accuracy)
-        return sum(accuracies) / len(accuracies)
+        new = self.rewrite(model, metanetwork, self.layout)
+        if tuning:
+            self.fit(new, tuning, 400, f"fine-tuning after checkpoint {epoch}")
+        return new
+
+    def brief(self, images: int) -> Fit | None:
+        """A fine-tuning as in the recipe on so many images; 0: none."""
+        usual = self.recipe.finetune.after_meta or self.recipe.finetune.after_prune
+        steps = max(1, images // min(usual.batch_size, len(self.data.train)))
+        change = {"epochs": 1, "iterations": steps, "milestones": [], "images_per_epoch": None}
+        return usual.model_copy(update=change) if images else None
+
+    def pruned_to_target(self, model: nn.Module) -> nn.Module:
+        """A data model pruned as far as the recipe says; its initial pruning lies behind it."""
+        target = self.recipe.prune.speed_up / self.recipe.data_models.initial_speed_up
+        return self.prune(model, max(target, 1.01)).model
 
     def rewrite(self, model: nn.Module, metanetwork: MetaNetwork | None, layout: Layout) -> nn.Module:
         """Network -> graph -> metanetwork -> graph -> network; the batch norms keep their running statistics."""

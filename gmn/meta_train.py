@@ -119,7 +119,7 @@ def train_metanetwork(
     start: int = 0,
     optimizer: Optimizer | None = None,
     log: Callable[[Metrics], None] | None = None,
-    after_epoch: Callable[[int, Optimizer], None] | None = None,
+    after_epoch: Callable[[int, Optimizer], bool | None] | None = None,
 ) -> None:
     """Train a metanetwork in place: `config.epochs` epochs of `config.steps_per_epoch` steps.
 
@@ -127,7 +127,7 @@ def train_metanetwork(
         subjects: The data models; each step draws one of them.
         split: The training images.
         start, optimizer: First epoch and restored optimizer, when a run is resumed.
-        after_epoch: Called with the epoch and the optimizer, to save a checkpoint.
+        after_epoch: Called with the epoch and the optimizer, to save a checkpoint; True stops the training.
     """
     for subject in subjects:
         subject.model.eval()

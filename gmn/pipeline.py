@@ -87,12 +87,19 @@ def reopened(folder: Path) -> VoteJob:
     return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
 
 
+def reopened_metanetwork(folder: Path) -> MetaJob:
+    """A run that meta-trained, to look at; RecipeError if it is of another method."""
+    recipe = load_recipe(open_run(folder) / "recipe.yaml")
+    if not isinstance(recipe, Recipe):
+        expected = "a run of a recipe with `method: metanetwork`"
+        raise RecipeError("the run has no metanetwork", expected=expected, got=str(folder))
+    return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
+
+
 def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:
     job = MetaJob(recipe, run)
-    models = [job.data_model(index) for index in range(recipe.data_models.train + recipe.data_models.val)]
-    learners, judges = models[: recipe.data_models.train], models[recipe.data_models.train :]
-    job.learn([job.subject(model) for model in learners])
-    metanetwork, layout = job.select([job.subject(model) for model in judges or learners])
+    job.learn()
+    metanetwork, layout = job.select()
     # with a training in the recipe the pruned network is one more, trained with a seed of its own
     return compare(job, metanetwork, layout, seen=recipe.data_models.fit is None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.figure
 import matplotlib.ticker
 
@@ -32,10 +33,32 @@ def curve(report: dict[str, Any], path: Path) -> Path:
     axes.axvline(report["speed_up"], color="0.7", linestyle="--", label=f"target {report['speed_up']:g}x")
     axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
     axes.set_title(f"{report['recipe']}: pruned, not yet fine-tuned")
+    return _finish(figure, _speed_ups(axes), path)
+
+
+def curves(content: dict[str, Any], title: str, path: Path) -> Path:
+    """Validation accuracy against speed-up of several checkpoints, with the turning point of each."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    shades = matplotlib.colormaps["viridis"].resampled(max(2, len(content["curves"])))
+    for number, entry in enumerate(content["curves"]):
+        name = f"checkpoint {entry['checkpoint']}" if entry["checkpoint"] else "no metanetwork"
+        colour = CURVES["without"] if not entry["checkpoint"] else shades(number)
+        axes.plot(*zip(*entry["points"], strict=True), marker=".", color=colour, label=name)
+        if entry["turning_point"]:
+            axes.plot(entry["turning_point"], content["threshold"], marker="D", color=colour)
+    axes.axhline(content["threshold"], color="0.7", linestyle="--", label=f"{content['threshold']:.1%}")
+    tuned = f", {content['finetune_images']:,} images of fine-tuning" if content["finetune_images"] else ""
+    axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
+    axes.set_title(f"{title}: how easy to prune{tuned}")
+    return _finish(figure, _speed_ups(axes), path)
+
+
+def _speed_ups(axes: Any) -> Any:
     axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([1, 1.5, 2, 3, 4, 6, 8, 12, 16]))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
-    return _finish(figure, axes, path)
+    return axes
 
 
 def accuracy(report: dict[str, Any], path: Path) -> Path:

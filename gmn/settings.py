@@ -171,6 +171,12 @@ class MetaTrain(Section):
     milestones: list[Positive] = Field(default_factory=list, description="epochs at which lr is multiplied by gamma")
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor at a milestone")
     pruner_reg: float = Field(default=10.0, ge=0, description="weight of the sparsity loss")
+    eval_every: int = Field(
+        default=0, ge=0, description="epochs between looks at the pruned networks; 0: only when all are trained"
+    )
+    patience: int = Field(
+        default=0, ge=0, description="stop after so many looks without a better pruned network; 0: never"
+    )
     scale_invariant: bool = Field(
         default=True, description="divide by the mean of a group and differentiate it; the paper: false"
     )
@@ -181,6 +187,8 @@ class MetaTrain(Section):
 
     @model_validator(mode="after")
     def _milestones_in_reach(self) -> MetaTrain:
+        if self.patience and not self.eval_every:
+            raise ValueError("patience counts looks at the pruned networks: give eval_every too")
         check_milestones(self.milestones, self.epochs)
         return self
 

@@ -129,9 +129,9 @@ def run_epochs(
     title: str,
     start: int = 0,
     log: Callable[[Metrics], None] | None = None,
-    after_epoch: Callable[[int], None] | None = None,
+    after_epoch: Callable[[int], bool | None] | None = None,
 ) -> None:
-    """The loop: `step` leaves gradients, the optimizer takes them; `after_epoch` may save what it likes.
+    """The loop: `step` leaves gradients, the optimizer takes them; `after_epoch` may save, and says True to stop.
 
     Args:
         epochs, steps: Number of epochs, and of steps in each.
@@ -158,8 +158,8 @@ def run_epochs(
                 advance(", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
             if log:
                 log({"epoch": epoch + 1, **sums})
-            if after_epoch:
-                after_epoch(epoch)
+            if after_epoch and after_epoch(epoch):
+                break
 
 
 def make_optimizer(model: nn.Module, config: Any) -> Optimizer:

@@ -72,6 +72,7 @@ LAYERS = (
         | {
             "pipeline",
             "compare",
+            *("curve", "curve_cli", "checkpoint_search"),
             "job",
             "meta_job",
             "vote_job",

@@ -1,0 +1,111 @@
+"""Accuracy against speed-up: prune a little, evaluate without fine-tuning, repeat (GMN, section 4).
+
+The flatter the curve, the easier a network is to prune. Its turning point is the speed-up at which accuracy falls
+under a threshold. Validation images only, batch norms recalibrated as the recipe says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gmn.checkpoint import save_json
+from gmn.costs import Cost, cost
+from gmn.errors import GmnError
+from gmn.meta_job import MetaJob
+from gmn.progress import Advance, track
+from gmn.ranking import mask_steps
+from gmn.surgery import remove, settled
+from gmn.trace import clone
+from gmn.training import evaluate, recalibrate
+
+POINTS = 8
+IMAGES = 2000
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is drawn: `drop` is how much accuracy may be lost before the turning point, `images` judge a point."""
+
+    checkpoints: Sequence[int]
+    points: int = 12
+    images: int = IMAGES
+    drop: float = 0.02
+    finetune_images: int = 0
+
+
+def curve_of(
+    job: MetaJob, model: nn.Module, before: Cost, advance: Advance, *, points: int = POINTS, images: int = IMAGES
+) -> list[Point]:
+    """(speed-up, validation accuracy) of the whole network, and with `points` masks down to the last one."""
+    graph = job.graph(model)
+    coupled = settled(model, graph.spec, job.example)
+    state, own = dict(model.state_dict()), job.recipe
+    masks = list(mask_steps(state, graph.spec, coupled, own.prune, own.criterion, job.prior))
+    found: list[Point] = []
+    for number in [None, *torch.linspace(0, len(masks) - 1, points).round().int().tolist()]:
+        if number is None:
+            smaller = clone(model)
+        else:
+            smaller = remove(model, graph.spec, masks[number], job.example, coupled=coupled)
+        recalibrate(smaller, job.data.train, own.prune.recalibrate, seed=own.seed)
+        accuracy = evaluate(smaller, job.data.val, limit=images).accuracy
+        found.append((before.flops / cost(smaller, job.example).flops, accuracy))
+        advance(f"{found[-1][0]:.1f}x: {accuracy:.1%}")
+    return found
+
+
+def turning_point(points: Sequence[Point], threshold: float) -> float | None:
+    """The speed-up at which accuracy first falls under a threshold, on straight lines between points; None: nowhere.
+
+    >>> turning_point([(1.0, 0.9), (2.0, 0.8), (4.0, 0.4)], 0.6)
+    3.0
+    >>> turning_point([(1.0, 0.9), (2.0, 0.8)], 0.6) is None
+    True
+    """
+    if points and points[0][1] < threshold:
+        return points[0][0]
+    for (speed, high), (faster, low) in itertools.pairwise(points):
+        if low < threshold:
+            return speed + (faster - speed) * (high - threshold) / (high - low)
+    return None
+
+
+def study(job: MetaJob, choices: Choices) -> Path:
+    """Curves of a run's checkpoints on the network that judges them, as `curves/curve.json` and a picture.
+
+    Checkpoint 0 is no metanetwork. The threshold is the accuracy of that network less `drop`.
+
+    Raises:
+        GmnError: if a checkpoint is not there.
+    """
+    from gmn.plots import curves as draw  # matplotlib takes a second to import
+
+    known = [0, *job.checkpoints()]
+    for epoch in choices.checkpoints:
+        if epoch not in known:
+            got, expected = str(epoch), f"one of {', '.join(map(str, known))}"
+            raise GmnError("no such checkpoint", expected=expected, got=got, where=str(job.run.folder))
+    judge = job.judges()[0]
+    threshold = evaluate(judge, job.data.val, limit=choices.images).accuracy - choices.drop
+    found: dict[int, list[Point]] = {}
+    with track("accuracy against speed-up", len(choices.checkpoints) * (choices.points + 1)) as advance:
+        for epoch in choices.checkpoints:
+            model = job.rewritten(judge, epoch, job.brief(choices.finetune_images))
+            size = {"points": choices.points, "images": choices.images}
+            found[epoch] = curve_of(job, model, cost(judge, job.example), advance, **size)
+    turns = {epoch: turning_point(points, threshold) for epoch, points in found.items()}
+    content = {
+        "threshold": threshold,
+        "images": min(choices.images, len(job.data.val)),
+        "finetune_images": choices.finetune_images,
+        "curves": [{"checkpoint": e, "turning_point": turns[e], "points": points} for e, points in found.items()],
+    }
+    save_json(job.run.folder / "curves" / "curve.json", content)
+    return draw(content, job.recipe.name, job.run.folder / "curves" / "curve.png")

@@ -1,0 +1,78 @@
+"""What `gmn curve` and `gmn select` do in the folder of a run that meta-trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gmn import checkpoint_search
+from gmn import curve as curves
+from gmn.checkpoint import load_json, load_metanetwork, save_metanetwork
+from gmn.errors import GmnError
+from gmn.meta_job import MetaJob
+from gmn.pipeline import reopened_metanetwork
+from gmn.study_cli import numbers
+
+
+def curve(run: Path, *, checkpoints: str | None, points: int, images: int, drop: float, finetune_images: int) -> None:
+    """Draw accuracy against speed-up for some checkpoints; default: none, the chosen one and the last."""
+    job = reopened_metanetwork(run)
+    chosen = _checkpoints(checkpoints) if checkpoints is not None else _usual(job)
+    picture = curves.study(job, curves.Choices(chosen, points, images, drop, finetune_images))
+    _show_curves(run)
+    print(f"picture: {picture}")
+
+
+def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -> None:
+    """Find the last checkpoint that is accurate enough; `use` makes it the run's metanetwork."""
+    if not 0 < min_accuracy < 1:
+        raise GmnError("not an accuracy", expected="such as 0.91", got=str(min_accuracy), where="--min-accuracy")
+    job = reopened_metanetwork(run)
+    epoch, probes = checkpoint_search.search(job, min_accuracy, finetune_images=finetune_images)
+    title = f"{job.recipe.name}: validation accuracy, {finetune_images:,} fine-tuning images"
+    table = Table(title=title, caption="in the order of the search")
+    for name in ("checkpoint", "fine-tuned %", f"pruned {job.recipe.prune.speed_up:g}x %"):
+        table.add_column(name, justify="right")
+    for probe in probes:
+        table.add_row(str(probe.epoch), f"{100 * probe.accuracy:.2f}", f"{100 * probe.pruned:.2f}")
+    Console().print(table)
+    path = job.checkpoint(epoch)
+    if use:
+        metanetwork, layout, _ = load_metanetwork(path)
+        path = run / "metanetwork.safetensors"
+        save_metanetwork(path, metanetwork, layout)
+        job.run.log("use", checkpoint=epoch)
+    print(f"checkpoint {epoch}: gmn prune RECIPE --meta {path}")
+
+
+def _usual(job: MetaJob) -> list[int]:
+    """No metanetwork, the checkpoint that was best when pruned, and the last one."""
+    known = job.checkpoints()
+    scores = {entry["epoch"]: entry["validation_accuracy"] for entry in job.run.events("select")}
+    best = [max(known, key=lambda epoch: scores[epoch])] if known and all(epoch in scores for epoch in known) else []
+    return sorted({0, *best, *known[-1:]})
+
+
+def _checkpoints(text: str) -> list[int]:
+    """0 is one too, which `numbers` refuses."""
+    parts = [part.strip() for part in text.split(",")]
+    return sorted({*numbers("--checkpoints", ",".join(p for p in parts if p != "0") or None), *([0] * ("0" in parts))})
+
+
+def _show_curves(run: Path) -> None:
+    content = load_json(run / "curves" / "curve.json")
+    title = f"speed-up at which accuracy falls under {100 * content['threshold']:.1f} % (validation, not fine-tuned)"
+    table = Table(title=title)
+    for name in ("checkpoint", "turning point", "most", "accuracy there %"):
+        table.add_column(name, justify="right")
+    for entry in content["curves"]:
+        turn, last = entry["turning_point"], entry["points"][-1]
+        table.add_row(
+            str(entry["checkpoint"]),
+            f"{turn:.2f}x" if turn else "not reached",
+            f"{last[0]:.1f}x",
+            f"{100 * last[1]:.1f}",
+        )
+    Console().print(table)

@@ -1,0 +1,134 @@
+"""Contract of `gmn curve` and `gmn select`, and of looking at checkpoints while the metanetwork learns.
+
+* A curve starts at the whole network; its turning point lies on the line between two points.
+* Curves of a run's checkpoints end as JSON and a picture; a checkpoint that is not there is refused.
+* The search finds the last checkpoint above a threshold in as many probes as a binary search needs, and says so when
+  there is none. Probes are recorded and not made again.
+* A metanetwork that gets no better for long enough stops learning, also when the run was resumed in between; looks
+  are made once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import TINY
+
+from gmn import checkpoint_search, curve, pipeline
+from gmn.checkpoint_search import Probe, search
+from gmn.curve import turning_point
+from gmn.curve_cli import curve as draw_curves
+from gmn.curve_cli import select
+from gmn.errors import GmnError
+from gmn.meta_job import MetaJob
+from gmn.recipe import dump_recipe, load_recipe
+from gmn.run import Run
+from gmn.settings_vote import VoteRecipe
+
+LOOKING = [*TINY, "meta_train.epochs=3", "meta_train.eval_every=1", "report.baselines=[]"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "looking"
+    pipeline.meta_train(load_recipe("quickstart", LOOKING), folder)
+    return folder
+
+
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == name]
+
+
+def test_turning_points() -> None:
+    falling = [(1.0, 0.9), (2.0, 0.8), (3.0, 0.85), (5.0, 0.45)]
+    assert turning_point(falling, 0.8) == pytest.approx(3.25)  # 0.8 itself is not under 0.8
+    assert turning_point(falling, 0.85) == pytest.approx(1.5)
+    assert turning_point(falling, 0.95) == 1.0
+    assert turning_point(falling, 0.4) is None
+
+
+def test_curves_of_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_curves(run, checkpoints="0, 3", points=3, images=50, drop=0.5, finetune_images=0)
+    content = json.loads((run / "curves" / "curve.json").read_text())
+    assert [entry["checkpoint"] for entry in content["curves"]] == [0, 3]
+    for entry in content["curves"]:
+        speeds = [speed for speed, _ in entry["points"]]
+        assert len(speeds) == 4
+        assert speeds[0] == 1.0
+        assert speeds == sorted(speeds)
+        assert entry["turning_point"] == turning_point([(s, a) for s, a in entry["points"]], content["threshold"])
+    assert (run / "curves" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "turning point" in capsys.readouterr().out
+    with pytest.raises(GmnError, match=r"no such checkpoint.*0, 1, 2, 3.*got 7"):
+        draw_curves(run, checkpoints="7", points=3, images=50, drop=0.5, finetune_images=0)
+
+
+def test_usual_checkpoints_are_none_the_best_and_the_last(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[list[int]] = []
+    monkeypatch.setattr(curve, "study", lambda _, choices: chosen.append(list(choices.checkpoints)))
+    draw_curves(run, checkpoints=None, points=3, images=50, drop=0.5, finetune_images=0)
+    scores = {entry["epoch"]: entry["validation_accuracy"] for entry in events(run, "select")}
+    best = max((1, 2, 3), key=lambda epoch: scores[epoch])
+    assert chosen == [sorted({0, best, 3})]
+
+
+@pytest.mark.parametrize("good", [1, 2, 5, 12, 13])
+def test_the_search_is_binary(good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(_: object, epoch: int, images: int) -> Probe:
+        return Probe(epoch, 0.9 if epoch <= good else 0.8, 0.5)
+
+    monkeypatch.setattr(checkpoint_search, "_probe", probe)
+    job: Any = SimpleNamespace(checkpoints=lambda: list(range(1, 14)))
+    epoch, probes = search(job, 0.85, finetune_images=0)
+    assert epoch == good
+    assert len(probes) <= 4
+    with pytest.raises(GmnError, match=r"no checkpoint is accurate enough.*95\.00%.*90\.00%"):
+        search(job, 0.95, finetune_images=0)
+
+
+def test_probes_are_recorded_and_made_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        select(run, min_accuracy=0.01, finetune_images=32, use=True)
+    probes = events(run, "probe")
+    assert [probe["checkpoint"] for probe in probes] == [2, 3]
+    assert len([line for line in events(run, "fit") if line["title"] == "fine-tuning after checkpoint 3"]) == 2
+    assert "checkpoint 3: gmn prune" in capsys.readouterr().out
+    assert events(run, "use")[-1]["checkpoint"] == 3
+    with pytest.raises(GmnError, match=r"not an accuracy.*91"):
+        select(run, min_accuracy=91, finetune_images=0, use=False)
+
+
+def test_looks_are_made_once_and_kept_for_the_choice(run: Path) -> None:
+    assert [look["epoch"] for look in events(run, "select")] == [1, 2, 3, 0]
+
+
+def test_learning_stops_when_it_gets_no_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe: Any = load_recipe("quickstart", [*LOOKING, "meta_train.epochs=6", "meta_train.patience=2"])
+    scores = {1: 0.5, 2: 0.6, 3: 0.6, 4: 0.55}
+    monkeypatch.setattr(MetaJob, "score", lambda _, epoch: scores[epoch])
+    job = MetaJob(recipe, Run(tmp_path / "run", dump_recipe(recipe)))
+    job.learn()
+    assert job.checkpoints() == [1, 2, 3, 4]
+    MetaJob(recipe, Run(tmp_path / "run", dump_recipe(recipe), resume=True)).learn()
+    assert job.checkpoints() == [1, 2, 3, 4]
+    scores[4] = 0.7
+    monkeypatch.setattr(MetaJob, "score", lambda _, epoch: scores.get(epoch, 0.1))
+    job.learn()  # what is better at the last moment goes on
+    assert job.checkpoints() == [1, 2, 3, 4, 5, 6]
+
+
+def test_wrong_inputs(tiny_vote_recipe: VoteRecipe, command: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(GmnError, match="patience counts looks"):
+        load_recipe("quickstart", ["meta_train.patience=2"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny_vote_recipe))
+    with pytest.raises(GmnError, match="the run has no metanetwork"):
+        draw_curves(tmp_path, checkpoints="0", points=3, images=50, drop=0.5, finetune_images=0)
+    answer = command("curve", "nowhere", cwd=tmp_path)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "not a run folder" in answer.stderr
