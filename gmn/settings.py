@@ -208,7 +208,7 @@ class Report(Section):
     baselines: list[Literal["direct", "same-schedule", "sparse", "torch-pruning", "torch-pruning-sparse"]] = Field(
         default=["direct", "same-schedule"], description="rows without metanetwork"
     )
-    sparse_reg: float = Field(default=0.01, ge=0, description="weight of the sparsity loss in the row `sparse`")
+    sparse_reg: float = Field(default=0.03, ge=0, description="weight of the sparsity loss in the row `sparse`")
     seeds: int = Field(default=1, ge=1, description="fine-tuning seeds per row")
     latency_batch: int = Field(default=32, ge=1, description="images per batch when measuring time")
 

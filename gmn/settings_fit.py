@@ -34,7 +34,9 @@ class Fit(Section):
     images_per_epoch: int | None = Field(default=None, ge=1, description="shorter epochs; null: all images")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
     bf16: bool = Field(default=False, description="forward pass in bfloat16")
-    channels_last: bool = Field(default=False, description="weights and images with the channels last in memory")
+    channels_last: bool = Field(
+        default=False, description="channels last in memory; not where a .view() reads an image"
+    )
     compile: bool = Field(default=False, description="forward pass by torch.compile; a minute before the first step")
     warmup: float = Field(
         default=0.0, ge=0, description="epochs (or share of the iterations) in which lr first rises; 0: off"
