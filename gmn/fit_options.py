@@ -51,7 +51,7 @@ def mixed(batches: Iterable[Batch], config: Fit, classes: int, key: tuple[int, i
 def _numpy_seed(*key: int) -> Iterator[None]:
     """timm draws from numpy's global generator; it is given back as it was."""
     before = np.random.get_state()
-    np.random.seed(list(key))
+    np.random.seed(np.random.SeedSequence(key).generate_state(4))
     try:
         yield
     finally:

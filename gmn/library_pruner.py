@@ -1,7 +1,8 @@
 """torch-pruning's own pruners under our keep rules: what a user would take instead of this package.
 
 Scores are its `GroupMagnitudeImportance` with its defaults: p = 2, mean over the members of a group, divided by the
-mean over its channels. Ranking is global, and a step removes about as many channels as one of ours.
+mean over its channels. Ranking is global, and a step removes about as many channels as one of ours. It looks at
+`prune.max_ratio` before a step, so a layer can end with a little less than that leaves.
 """
 
 from __future__ import annotations

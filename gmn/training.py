@@ -138,7 +138,7 @@ def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, te
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
         logits = forward(images)
     loss = cross_entropy(logits, targets, config)
-    if config.distill and teacher:
+    if config.distill and teacher is not None:
         said = answer(teacher, images, config.bf16)
         loss = distilled(loss, logits, said, config.distill, config.temperature, len(images))
     loss.backward()
@@ -206,13 +206,14 @@ def make_schedule(optimizer: Optimizer, config: Any, steps: int, *, done: int = 
     A warm-up of w steps multiplies it with 1/(w+1), 2/(w+1), ..., w/(w+1); the cosine begins after it.
     """
     cosine = getattr(config, "schedule", "multistep") == "cosine"
-    warmup = round(getattr(config, "warmup", 0) * steps)
+    total = config.epochs * steps
+    warmup = max(0, min(round(getattr(config, "warmup", 0) * steps), total - 1))
 
     def factor(index: int) -> float:
         rise = min(1.0, (index + 1) / (warmup + 1))
         if cosine:
-            done = max(0, index - warmup) / (config.epochs * steps - warmup)
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            share = max(0, index - warmup) / (total - warmup)
+            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
         return rise * float(config.gamma ** sum(index >= milestone * steps for milestone in config.milestones))
 
     for group in optimizer.param_groups:
