@@ -155,7 +155,7 @@ def prune(
         meta: From `gmn.load`; None prunes directly. Of a zoo the tasks nearest to `data` vote on what stays of its
             network, which must be the model given here.
         speed_up: FLOPs before / FLOPs after; default 2. A zoo has its own ratio.
-        finetune: The fine-tuning after the metanetwork and the one after pruning; needs `data`.
+        finetune: The fine-tuning after the metanetwork and the one after pruning; needs `data`; may distil from it.
         data: From `gmn.load_data`; also recalibrates batch norms (on `recalibrate_images` images) and evaluates.
         augment: Random changes of the training images.
         criterion, max_ratio: How channels are scored, and at most how many of a layer go.
@@ -180,7 +180,7 @@ def prune(
 
     def tune(network: nn.Module, title: str) -> None:
         if data is not None and finetune is not None:
-            fit(network, data.train, finetune, seed=seed, augment=augment, title=title)
+            fit(network, data.train, finetune, seed=seed, augment=augment, title=title, teacher=model)
 
     current = model
     if meta is not None:

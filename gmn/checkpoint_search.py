@@ -57,8 +57,8 @@ def _probe(job: MetaJob, epoch: int, finetune_images: int) -> Probe:
         if all(entry[key] == value for key, value in what.items()):
             return Probe(epoch, entry["accuracy"], entry["pruned"])
     found: list[tuple[float, float]] = []
-    for judge in job.judges():
-        model = job.rewritten(judge, epoch, job.brief(finetune_images))
+    for index in job.judges:
+        model = job.rewritten(index, epoch, job.brief(finetune_images))
         pruned = job.pruned_to_target(model)
         found.append((evaluate(model, job.data.val).accuracy, evaluate(pruned, job.data.val).accuracy))
     accuracy, pruned_accuracy = (sum(values) / len(found) for values in zip(*found, strict=True))

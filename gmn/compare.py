@@ -1,20 +1,17 @@
 """The comparison: one network pruned with a metanetwork and without, to the same FLOPs, with the same fine-tuning.
 
-    metanetwork    [initial pruning] -> metanetwork -> fine-tune -> prune -> fine-tune
-    same-schedule  the same without the metanetwork
-    direct         prune at once, then all of the fine-tuning: the row a user would run, and the harder one to beat
-
-Validation images choose; each finished network sees the test images once.
+`gmn.baselines` has the rows. Validation images choose; each finished network sees the test images once.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import Any
 
 from torch import nn
 
+from gmn.baselines import ROWS, Trial
+from gmn.budget import budget
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.costs import Cost, cost, latency
@@ -22,7 +19,6 @@ from gmn.curve import POINTS, curve_of
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
-from gmn.settings import Fit
 from gmn.spread import spread
 from gmn.training import evaluate
 
@@ -39,7 +35,7 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
     start = base if not _initial(job) else job.keep("models/start", lambda: job.initially_pruned(base, index))
     rows = ["metanetwork", *recipe.report.baselines]
     results = [
-        _row(job, row, seed, base, start, metanetwork if row == "metanetwork" else None, layout)
+        _result(job, Trial(job, base, start, metanetwork, layout, row, seed))
         for row in rows
         for seed in range(recipe.report.seeds)
     ]
@@ -49,7 +45,8 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
         "speed_up": recipe.prune.speed_up,
         "validation_images": len(job.data.val),
         "test_images": len(job.data.test),
-        "finetune_images": _budget(job),
+        "initial_speed_up": job.initial_speed_up,
+        "finetune_images": budget(recipe, len(job.data.train)),
         "base": _measure(job, base, cost(base, job.example)),
         "results": results,
         "latency": _latency(job, base, rows),
@@ -63,37 +60,16 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
 
 def _initial(job: MetaJob) -> bool:
     settings = job.recipe.data_models
-    return settings.initial_speed_up > 1 or settings.initial_fit is not None
+    return settings.initial_speed_up != 1 or settings.initial_fit is not None
 
 
-def _row(
-    job: MetaJob,
-    row: str,
-    seed: int,
-    base: nn.Module,
-    start: nn.Module,
-    metanetwork: MetaNetwork | None,
-    layout: Layout,
-) -> dict[str, Any]:
+def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
     """One finished network: its validation and test accuracy, and its cost."""
-    folder = job.run.folder / "models" / f"{row}-seed{seed}"
+    folder = job.run.folder / "models" / f"{trial.row}-seed{trial.seed}"
     if not (folder / "model.json").is_file():
-        before = cost(base, job.example)
-        stages: dict[str, float] = {}
-        if row == "direct":
-            model, tuning = job.prune(base, job.recipe.prune.speed_up).model, _merged(job)
-            stages["pruned"] = evaluate(model, job.data.val).accuracy
-        else:
-            model = job.rewrite(start, metanetwork, layout)
-            stages["rewritten"] = evaluate(model, job.data.val).accuracy
-            if job.recipe.finetune.after_meta:
-                job.fit(model, job.recipe.finetune.after_meta, 500 + seed, f"{row} seed {seed}: fine-tuning")
-                stages["fine-tuned"] = evaluate(model, job.data.val).accuracy
-            model = job.prune(model, job.recipe.prune.speed_up, before).model
-            stages["pruned"] = evaluate(model, job.data.val).accuracy
-            tuning = job.recipe.finetune.after_prune
-        job.fit(model, tuning, 600 + seed, f"{row} seed {seed}: fine-tuning after pruning")
-        facts = {"row": row, "seed": seed, "stages": stages, **_measure(job, model, before)}
+        model = ROWS[trial.row](trial)
+        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages}
+        facts = {**about, **_measure(job, model, trial.before)}
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.log("result", **facts)
     content = load_json(folder / "model.json")
@@ -109,30 +85,6 @@ def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:
         "parameters": after.parameters,
         "speed_up": before.flops / after.flops,
     }
-
-
-def _images(job: MetaJob, settings: Fit | None) -> int:
-    available = len(job.data.train)
-    if settings and settings.iterations:
-        return settings.iterations * min(settings.batch_size, available)
-    return settings.epochs * min(settings.images_per_epoch or available, available) if settings else 0
-
-
-def _budget(job: MetaJob) -> int:
-    """Images that every row sees in fine-tuning."""
-    recipe = job.recipe
-    fits = (recipe.data_models.initial_fit, recipe.finetune.after_meta, recipe.finetune.after_prune)
-    return sum(_images(job, settings) for settings in fits)
-
-
-def _merged(job: MetaJob) -> Fit:
-    """The whole budget as one fine-tuning: the last one's, with more epochs before its first milestone."""
-    last = job.recipe.finetune.after_prune
-    if last.iterations:
-        return last.model_copy(update={"iterations": math.ceil(_budget(job) * last.iterations / _images(job, last))})
-    epochs = math.ceil(_budget(job) / (_images(job, last) / last.epochs))  # a baseline never gets less
-    shift = epochs - last.epochs
-    return last.model_copy(update={"epochs": epochs, "milestones": [m + shift for m in last.milestones]})
 
 
 def _latency(job: MetaJob, base: nn.Module, rows: list[str]) -> dict[str, float]:

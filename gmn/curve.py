@@ -92,12 +92,12 @@ def study(job: MetaJob, choices: Choices) -> Path:
         if epoch not in known:
             got, expected = str(epoch), f"one of {', '.join(map(str, known))}"
             raise GmnError("no such checkpoint", expected=expected, got=got, where=str(job.run.folder))
-    judge = job.judges()[0]
+    judge = job.data_model(job.judges[0])
     threshold = evaluate(judge, job.data.val, limit=choices.images).accuracy - choices.drop
     found: dict[int, list[Point]] = {}
     with track("accuracy against speed-up", len(choices.checkpoints) * (choices.points + 1)) as advance:
         for epoch in choices.checkpoints:
-            model = job.rewritten(judge, epoch, job.brief(choices.finetune_images))
+            model = job.rewritten(job.judges[0], epoch, job.brief(choices.finetune_images))
             size = {"points": choices.points, "images": choices.images}
             found[epoch] = curve_of(job, model, cost(judge, job.example), advance, **size)
     turns = {epoch: turning_point(points, threshold) for epoch, points in found.items()}

@@ -57,7 +57,7 @@ class PruningError(GmnError):
 
 
 class TrainingError(GmnError):
-    """A training that cannot go on: the loss is not finite."""
+    """A training that cannot go on: the loss is not finite, or something that it needs is missing."""
 
 
 class CheckpointError(GmnError):

@@ -14,7 +14,7 @@ from gmn.errors import GmnError
 from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
 from gmn.run import Run
-from gmn.settings import Common
+from gmn.settings import Common, Fit
 from gmn.training import evaluate, fit
 
 
@@ -60,10 +60,10 @@ class Job:
             load_weights(model, self.common.network.weights)
         return model.eval()
 
-    def fit(self, model: nn.Module, settings: Any, index: int, title: str) -> None:
-        """Train in place with the recipe's augmentation."""
-        log = self.run.logger("fit", title=title)
-        fit(model, self.data.train, settings, seed=self.seed(index), augment=self.augment, title=title, log=log)
+    def fit(self, model: nn.Module, settings: Fit, index: int, title: str, **more: Any) -> None:
+        """Train in place with the recipe's augmentation; `more` (teacher, regularize) goes to `gmn.training.fit`."""
+        own = {"seed": self.seed(index), "augment": self.augment, "title": title}
+        fit(model, self.data.train, settings, **own, log=self.run.logger("fit", title=title), **more)
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,9 +14,11 @@ from gmn.api import zoo_path
 from gmn.backbone import Backbone
 from gmn.builder import Layout
 from gmn.checkpoint import (
+    load_json,
     load_metanetwork,
     optimizer_tensors,
     restore_optimizer,
+    save_json,
     save_metanetwork,
 )
 from gmn.convert import layouts, to_graph, to_model
@@ -25,7 +27,9 @@ from gmn.criteria import Importance
 from gmn.errors import GmnError
 from gmn.graph import NetworkGraph
 from gmn.groups import couplings
+from gmn.initial import brief, candidates, largest
 from gmn.job import Job
+from gmn.library_pruner import Pruner, library_pruner, prune_with
 from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
@@ -60,9 +64,12 @@ class MetaJob(Job):
         before = cost(model, self.example)
         if learnt:
             learnt[0].check(self.graph(model, learnt[1]).spec)
-        if self.recipe.data_models.initial_speed_up > 1:
-            model = self._cut(model, self.recipe.data_models.initial_speed_up).model
-        self._cut(model, self.recipe.prune.speed_up, before)
+        target, initial = self.recipe.prune.speed_up, self.recipe.data_models.initial_speed_up
+        if any(row.startswith("torch-pruning") for row in self.recipe.report.baselines):
+            prune_with(self.library_pruner(clone(model)), self.example, target, before)
+        if initial != "auto" and initial > 1:  # what auto may find lies on the way to the target
+            model = self._cut(model, initial).model
+        self._cut(model, target, before)
 
     # -- networks ------------------------------------------------------------------------------------------------------
 
@@ -75,25 +82,65 @@ class MetaJob(Job):
 
     def initially_pruned(self, model: nn.Module, index: int) -> nn.Module:
         """The network after its initial pruning and fine-tuning, if the recipe has them."""
-        settings, model = self.recipe.data_models, clone(model)
-        if settings.initial_speed_up > 1:
-            model = self.prune(model, settings.initial_speed_up).model
+        settings, teacher = self.recipe.data_models, model
+        if settings.initial_speed_up == "auto" and not self._found.is_file():
+            save_json(self._found, {"speed_up": self._find_initial(model, index)})
+        model = self.prune(model, self.initial_speed_up).model if self.initial_speed_up > 1 else clone(model)
         if settings.initial_fit:
-            self.fit(model, settings.initial_fit, index, f"initial fine-tuning of network {index}")
+            title = f"initial fine-tuning of network {index}"
+            self.fit(model, settings.initial_fit, index, title, teacher=teacher)
         return model.eval()
+
+    @property
+    def initial_speed_up(self) -> float:
+        """The recipe's; where that is `auto`, what was found on the first network, for all networks of the run."""
+        stated = self.recipe.data_models.initial_speed_up
+        return load_json(self._found)["speed_up"] if stated == "auto" else stated
+
+    @property
+    def _found(self) -> Path:
+        return self.run.folder / "initial.json"
+
+    def _find_initial(self, model: nn.Module, index: int) -> float:
+        """The largest speed-up of a grid after which the network is as accurate on the validation images as before."""
+        settings, target = self.recipe.data_models, self.recipe.prune.speed_up
+        before = evaluate(model, self.data.val).accuracy
+
+        def accepts(speed_up: float) -> bool:
+            pruned = self.prune(model, speed_up)
+            if settings.initial_fit:
+                title = f"trying {speed_up:g}x on network {index}"
+                self.fit(pruned.model, brief(settings.initial_fit), index, title, teacher=model)
+            score = evaluate(pruned.model, self.data.val).accuracy
+            enough = score >= before - settings.initial_tolerance / 100 - 1e-9 and pruned.speed_up < target
+            facts = {"validation_accuracy": score, "unpruned": before, "accepted": enough}
+            self.run.log("initial", network=index, wanted=speed_up, speed_up=pruned.speed_up, **facts)
+            return enough
+
+        found = largest(candidates(target), accepts)
+        say(f"initial pruning: {found:g}x, validation accuracy {before:.2%} before")
+        return found
 
     def data_model(self, index: int) -> nn.Module:
         """A network for the metanetwork to learn on."""
-        return self.keep(f"data-models/{index}", lambda: self.initially_pruned(self.trained(index), index))
+        return self.keep(f"data-models/{index}", lambda: self.initially_pruned(self.unpruned(index), index))
+
+    def unpruned(self, index: int) -> nn.Module:
+        """Network `index` before any pruning; kept where fine-tuning in the choice of a checkpoint distils from it."""
+        tuning = self.recipe.finetune.after_meta
+        if tuning and tuning.distill:
+            return self.keep(f"data-models/{index}-unpruned", lambda: self.trained(index))
+        return self.trained(index)
 
     def learners(self) -> list[nn.Module]:
         """The networks that the metanetwork learns on."""
         return [self.data_model(index) for index in range(self.recipe.data_models.train)]
 
-    def judges(self) -> list[nn.Module]:
-        """The networks that choose a checkpoint: held out, if the recipe has such."""
-        first, count = self.recipe.data_models.train, self.recipe.data_models.val
-        return [self.data_model(index) for index in range(first, first + count)] or self.learners()
+    @property
+    def judges(self) -> range:
+        """Numbers of the data models that choose a checkpoint: held out, if the recipe has such."""
+        learners, held_out = self.recipe.data_models.train, self.recipe.data_models.val
+        return range(learners, learners + held_out) if held_out else range(learners)
 
     def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
         settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
@@ -112,6 +159,10 @@ class MetaJob(Job):
         backbone = Backbone.of(self.built(0), self.example)
         zoo = Zoo.open(folder, backbone.about())
         return prior(zoo.masks([task.name for task in zoo.tasks(split="zoo")]), backbone.coupled, settings.votes_weight)
+
+    def library_pruner(self, model: nn.Module, *, sparse: bool = False) -> Pruner:
+        """A pruner of torch-pruning, for the rows of that name; it changes the model in place."""
+        return library_pruner(model, self.graph(model).spec, self.example, self.recipe.prune, sparse=sparse)
 
     def prune(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
         """Prune to a speed-up and recompute the batch norms' statistics."""
@@ -218,19 +269,20 @@ class MetaJob(Job):
         """
         known = {entry["epoch"]: entry["validation_accuracy"] for entry in self.run.events("select")}
         if epoch not in known:
-            models = [self.rewritten(judge, epoch, self.recipe.finetune.after_meta) for judge in self.judges()]
+            models = [self.rewritten(index, epoch, self.recipe.finetune.after_meta) for index in self.judges]
             accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
             known[epoch] = sum(accuracies) / len(accuracies)
             self.run.log("select", epoch=epoch, validation_accuracy=known[epoch])
         return known[epoch]
 
-    def rewritten(self, model: nn.Module, epoch: int, tuning: Fit | None) -> nn.Module:
-        """The network as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""
+    def rewritten(self, index: int, epoch: int, tuning: Fit | None) -> nn.Module:
+        """A data model as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""
         metanetwork = load_metanetwork(self.checkpoint(epoch))[0].to(self.device) if epoch else None
-        new = self.rewrite(model, metanetwork, self.layout)
+        model = self.rewrite(self.data_model(index), metanetwork, self.layout)
         if tuning:
-            self.fit(new, tuning, 400, f"fine-tuning after checkpoint {epoch}")
-        return new
+            teacher = self.unpruned(index) if tuning.distill else None
+            self.fit(model, tuning, 400, f"fine-tuning after checkpoint {epoch}", teacher=teacher)
+        return model
 
     def brief(self, images: int) -> Fit | None:
         """A fine-tuning as in the recipe on so many images; 0: none."""
@@ -241,13 +293,18 @@ class MetaJob(Job):
 
     def pruned_to_target(self, model: nn.Module) -> nn.Module:
         """A data model pruned as far as the recipe says; its initial pruning lies behind it."""
-        target = self.recipe.prune.speed_up / self.recipe.data_models.initial_speed_up
+        target = self.recipe.prune.speed_up / self.initial_speed_up
         return self.prune(model, max(target, 1.01)).model
 
     def rewrite(self, model: nn.Module, metanetwork: MetaNetwork | None, layout: Layout) -> nn.Module:
-        """Network -> graph -> metanetwork -> graph -> network; the batch norms keep their running statistics."""
+        """Network -> graph -> metanetwork -> graph -> network.
+
+        The batch norms keep their running statistics, unless the recipe recalibrates them after the metanetwork.
+        """
         graph = self.graph(model, layout)
-        if metanetwork is not None:
-            with torch.no_grad():
-                graph = metanetwork(graph)
-        return to_model(graph)
+        if metanetwork is None:
+            return to_model(graph)
+        with torch.no_grad():
+            model = to_model(metanetwork(graph))
+        recalibrate(model, self.data.train, self.recipe.finetune.recalibrate_after_meta, seed=self.recipe.seed)
+        return model

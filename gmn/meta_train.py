@@ -1,8 +1,9 @@
 """Meta-training: the metanetwork learns to make networks easy to prune (GMN, section 3).
 
 One step: pick a data model; network -> graph -> metanetwork -> graph -> new parameters; accuracy loss over a big
-batch plus sparsity loss on the new parameters. The metanetwork runs forward and backward once per step, however many
-mini-batches there are: the gradients with respect to the new parameters are summed first (equal by linearity).
+batch (cross-entropy, and distillation from the data model if asked for) plus sparsity loss on the new parameters. The
+metanetwork runs forward and backward once per step, however many mini-batches there are: the gradients with respect to
+the new parameters are summed first (equal by linearity).
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from torch.optim import Optimizer
 
 from gmn.criteria import Importance
 from gmn.data import Augment, Split
+from gmn.fit_options import Batch, answer, distilled
 from gmn.graph import NetworkGraph
 from gmn.metanetwork import MetaNetwork
 from gmn.phases import Phase, untimed
 from gmn.settings import MetaTrain
 from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def meta_step(
     *,
     pruner_reg: float,
     scale_invariant: bool = False,
+    distill: float = 0.0,
+    temperature: float = 4.0,
     bf16: bool = False,
     channels_last: bool = False,
     phase: Phase = untimed,
@@ -55,6 +57,9 @@ def meta_step(
         batches: The big batch as mini-batches of normalised images and labels.
         pruner_reg: Weight of the sparsity loss.
         scale_invariant: Differentiate the normaliser of the sparsity loss too.
+        distill: Share of the accuracy loss that is distillation from the data model with its own weights; the rest
+            is cross-entropy.
+        temperature: Of the distillation, see `gmn.fit_options.divergence`.
         bf16, channels_last: How the new network reads the images.
         phase: Times the parts of the step.
 
@@ -65,7 +70,8 @@ def meta_step(
         new = metanetwork(subject.graph).to_state_dict()
     leaves = {name: value.detach().requires_grad_() for name, value in new.items()}
     with phase("accuracy"):
-        metrics = _accuracy_gradient(subject.model, leaves, batches, bf16, channels_last)
+        options = {"distill": distill, "temperature": temperature, "bf16": bf16, "channels_last": channels_last}
+        metrics = _accuracy_gradient(subject.model, leaves, batches, **options)
     with phase("sparsity"):
         sparsity = subject.importance.sparsity_loss(leaves, scale_invariant=scale_invariant)
         sparsity_gradient = torch.autograd.grad(pruner_reg * sparsity, list(leaves.values()), allow_unused=True)
@@ -80,9 +86,16 @@ def meta_step(
 
 
 def _accuracy_gradient(
-    model: nn.Module, leaves: dict[str, Tensor], batches: Sequence[Batch], bf16: bool, channels_last: bool
+    model: nn.Module,
+    leaves: dict[str, Tensor],
+    batches: Sequence[Batch],
+    *,
+    distill: float,
+    temperature: float,
+    bf16: bool,
+    channels_last: bool,
 ) -> Metrics:
-    """Sum the gradients of the mean cross-entropy over the mini-batches in the leaves."""
+    """Sum the gradients of the mean accuracy loss over the mini-batches in the leaves."""
     images = sum(len(labels) for _, labels in batches)
     loss, right = 0.0, 0
     for inputs, labels in batches:
@@ -91,6 +104,8 @@ def _accuracy_gradient(
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
             logits = functional_call(model, leaves, (inputs,))
         part = F.cross_entropy(logits.float(), labels, reduction="sum") / images
+        if distill:
+            part = distilled(part, logits, answer(model, inputs, bf16), distill, temperature, images)
         part.backward()
         loss += part.item()
         right += int((logits.detach().argmax(1) == labels).sum())
@@ -147,6 +162,8 @@ def train_metanetwork(
             *item,
             pruner_reg=config.pruner_reg,
             scale_invariant=config.scale_invariant,
+            distill=config.distill,
+            temperature=config.temperature,
             bf16=config.bf16,
             channels_last=config.channels_last,
         )

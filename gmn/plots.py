@@ -11,7 +11,10 @@ import matplotlib.ticker
 
 from gmn.checkpoint import write_atomic
 
-COLOURS = {"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"}
+COLOURS = {
+    **{"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"},
+    **{"sparse": "#009e73", "torch-pruning": "#cc79a7", "torch-pruning-sparse": "#56b4e9"},
+}
 CURVES = {"with metanetwork": COLOURS["metanetwork"], "without": COLOURS["same-schedule"]}
 
 

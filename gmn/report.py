@@ -15,6 +15,9 @@ TITLES = {
     "metanetwork": "metanetwork",
     "same-schedule": "same schedule",
     "direct": "direct",
+    "sparse": "sparse training",
+    "torch-pruning": "torch-pruning",
+    "torch-pruning-sparse": "torch-pruning, sparse",
 }
 
 
@@ -41,6 +44,9 @@ def table(report: dict[str, Any]) -> Table:
 MEANINGS = {
     "direct": "direct: pruned at once, all fine-tuning after it",
     "same-schedule": "same schedule: without the metanetwork step",
+    "sparse": "sparse training: the same schedule, our sparsity loss in the first fine-tuning",
+    "torch-pruning": "torch-pruning: as direct, with that library's group magnitudes and pruner",
+    "torch-pruning-sparse": "torch-pruning, sparse: the same schedule, regularized and pruned by its GroupNormPruner",
 }
 SEEN = {True: "the metanetwork learnt on this network", False: "a network the metanetwork never saw"}
 
@@ -52,6 +58,7 @@ def caption(report: dict[str, Any]) -> str:
     parts = [
         *(MEANINGS[entry["row"]] for entry in entries if entry["row"] in MEANINGS),
         *([SEEN[report["seen"]]] if report["seen"] in SEEN else []),
+        *([f"initially pruned to {start:g}x"] if (start := report.get("initial_speed_up", 1)) > 1 else []),
         f"{report['finetune_images']:,} fine-tuning images per row",
         f"{seeds} fine-tuning seed{'s' if seeds > 1 else ''}",
         f"chosen on {report['validation_images']:,} validation images",

@@ -3,6 +3,7 @@
 recipe.yaml        the resolved recipe          metrics.jsonl    what was measured, a line each
 environment.json   versions, machine            checkpoints/     metanetworks, one per epoch
 data-models/ models/                            networks, each `model.json` and `weights.safetensors`
+initial.json                                    the initial speed-up, if it was found
 metanetwork.safetensors                         the chosen metanetwork
 report.json  plots/                             what `gmn report` shows
 """

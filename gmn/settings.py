@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import Field, Strict, field_validator, model_validator
+
+from gmn.settings_fit import Fit, Positive, Section, check_milestones
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values are not coerced, nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Augment(Section):
@@ -79,50 +74,33 @@ class Network(Section):
         return bool(self.weights or from_options or ":" in self.name)
 
 
-class Fit(Section):
-    """An ordinary training or fine-tuning."""
-
-    epochs: int = Field(ge=1, description="passes over the training images")
-    iterations: int | None = Field(default=None, ge=1, description="steps in all, in place of epochs")
-    lr: float = Field(gt=0, description="learning rate at the start")
-    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="what takes the steps")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
-    weight_decay: float = Field(default=5e-4, ge=0, description="weight decay")
-    schedule: Literal["multistep", "cosine"] = Field(default="multistep", description="how lr falls")
-    milestones: list[Positive] = Field(
-        default_factory=list, description="epochs at which multistep multiplies lr by gamma"
-    )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="factor at a milestone")
-    batch_size: int = Field(default=128, ge=1, description="images per step")
-    images_per_epoch: int | None = Field(default=None, ge=1, description="shorter epochs; null: all images")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
-    bf16: bool = Field(default=False, description="forward pass in bfloat16")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _iterations_or_epochs(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("iterations") is not None:
-            if values.get("epochs", 1) != 1 or values.get("milestones") or values.get("images_per_epoch"):
-                raise ValueError(
-                    "iterations stand in place of epochs, milestones and images_per_epoch: give one or the other"
-                )
-            return {**values, "epochs": 1}
-        return values
-
-    @model_validator(mode="after")
-    def _milestones_in_reach(self) -> Fit:
-        check_milestones(self.milestones, self.epochs)
-        return self
-
-
 class DataModels(Section):
     """The networks that the metanetwork learns on."""
 
     train: int = Field(default=1, ge=1, description="networks to learn on")
     val: int = Field(default=0, ge=0, description="held-out networks that choose the checkpoint; 0: the train ones")
     fit: Fit | None = Field(default=None, description="their training; null: network.weights as they are")
-    initial_speed_up: float = Field(default=1.0, ge=1, description="pruning before all else; 1: none")
+    initial_speed_up: float | Literal["auto"] = Field(
+        default=1.0, description="pruning before all else; 1: none; auto: the largest that costs no validation accuracy"
+    )
+    initial_tolerance: float = Field(
+        default=0.0, ge=0, description="points (percent) of validation accuracy that auto may cost"
+    )
     initial_fit: Fit | None = Field(default=None, description="fine-tuning after the initial pruning")
+
+    @field_validator("initial_speed_up", mode="plain")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> float | Literal["auto"]:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value != "auto" and not (number and 1 <= value < math.inf):
+            raise ValueError(f"expected a number of at least 1, or auto; got {value!r}")
+        return float(value) if number else "auto"
+
+    @model_validator(mode="after")
+    def _tolerance_of_auto(self) -> DataModels:
+        if self.initial_tolerance and self.initial_speed_up != "auto":
+            raise ValueError("initial_tolerance goes with initial_speed_up: auto")
+        return self
 
 
 class Graph(Section):
@@ -180,6 +158,10 @@ class MetaTrain(Section):
     scale_invariant: bool = Field(
         default=True, description="divide by the mean of a group and differentiate it; the paper: false"
     )
+    distill: float = Field(
+        default=0.0, ge=0, le=1, description="weight of distillation from the data model; cross-entropy has the rest"
+    )
+    temperature: float = Field(default=4.0, gt=0, description="of distillation: what both outputs are divided by")
     bf16: bool = Field(default=False, description="forward pass of the new network in bfloat16")
     channels_last: bool = Field(
         default=False, description="images with their channels last: faster for CNNs that have no .view() of an image"
@@ -222,6 +204,9 @@ class Prune(Section):
 class Finetune(Section):
     """The trainings around the pruning."""
 
+    recalibrate_after_meta: int = Field(
+        default=0, ge=0, description="images to recompute BN statistics with, after the metanetwork; 0: off"
+    )
     after_meta: Fit | None = Field(default=None, description="between metanetwork and pruning; null: none")
     after_prune: Fit = Field(description="after pruning")
 
@@ -229,9 +214,10 @@ class Finetune(Section):
 class Report(Section):
     """What the result is compared with, and how often."""
 
-    baselines: list[Literal["direct", "same-schedule"]] = Field(
+    baselines: list[Literal["direct", "same-schedule", "sparse", "torch-pruning", "torch-pruning-sparse"]] = Field(
         default=["direct", "same-schedule"], description="rows without metanetwork"
     )
+    sparse_reg: float = Field(default=0.03, ge=0, description="weight of the sparsity loss in the row `sparse`")
     seeds: int = Field(default=1, ge=1, description="fine-tuning seeds per row")
     latency_batch: int = Field(default=32, ge=1, description="images per batch when measuring time")
 
@@ -276,26 +262,25 @@ class Recipe(Common):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        models = self.data_models
+        models, initial = self.data_models, self.data_models.initial_speed_up
         if models.train + models.val > 1 and not (models.fit or models.initial_fit or ":" in self.network.name):
             raise ValueError(
                 "several data models without a training are all the same: give data_models.fit, or train 1"
             )
-        if models.initial_speed_up > 1 and self.prune.votes:
+        if initial != 1 and self.prune.votes:
             raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
-        if models.initial_speed_up >= self.prune.speed_up:
+        if initial != "auto" and initial >= self.prune.speed_up:
             raise ValueError(
                 f"prune.speed_up ({self.prune.speed_up:g}) counts from before the initial pruning"
-                f" and must be above data_models.initial_speed_up ({models.initial_speed_up:g})"
+                f" and must be above data_models.initial_speed_up ({initial:g})"
             )
         return self
 
-
-def check_milestones(milestones: list[int], epochs: int) -> None:
-    """Raise ValueError unless milestones increase and lie below epochs.
-
-    >>> check_milestones([10, 13], 15)
-    """
-    increasing = all(a < b for a, b in itertools.pairwise(milestones))
-    if not increasing or any(milestone >= epochs for milestone in milestones):
-        raise ValueError(f"milestones must increase and lie below epochs ({epochs}); got {milestones}")
+    @model_validator(mode="after")
+    def _fits_have_what_they_need(self) -> Recipe:
+        if self.data_models.fit and self.data_models.fit.distill:
+            raise ValueError("data_models.fit trains the unpruned network itself: nothing to distil from")
+        sparse = [row for row in self.report.baselines if row.endswith("sparse")]
+        if sparse and self.finetune.after_meta is None:
+            raise ValueError(f"{sparse[0]} of report.baselines trains sparsely in finetune.after_meta: give it")
+        return self

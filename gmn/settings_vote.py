@@ -188,6 +188,12 @@ class VoteRecipe(Common):
         return self
 
     @model_validator(mode="after")
+    def _nobody_teaches(self) -> VoteRecipe:
+        if any(fit and fit.distill for fit in (self.vote.fit, self.pretrain and self.pretrain.fit)):
+            raise ValueError("nothing to distil from: no unpruned network is trained for a task; set distill: 0")
+        return self
+
+    @model_validator(mode="after")
     def _counts_steps(self) -> VoteRecipe:
         if self.vote.fit.iterations is None:
             raise ValueError("vote.fit counts steps, to compare with baselines of as many: give vote.fit.iterations")

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import update_bn
 
 from gmn.data import Augment, Split
 from gmn.errors import TrainingError
+from gmn.fit_options import Batch, answer, arranged, averaged, cross_entropy, distilled, mixed
 from gmn.progress import track
 from gmn.settings import Fit
 
@@ -85,36 +86,65 @@ def fit(
     augment: Augment | None = None,
     title: str = "training",
     log: Callable[[Metrics], None] | None = None,
+    teacher: nn.Module | None = None,
+    regularize: Callable[[], None] | None = None,
 ) -> None:
     """Train a network in place with cross-entropy; it is left in eval mode.
 
+    Args:
+        model: The network.
+        split: The training images.
+        config: The training's numbers.
+        seed, augment: Of the batches.
+        title, log: In progress and errors; gets the mean metrics of each epoch.
+        teacher: The network to distil from where `config.distill` asks for it, such as the unpruned one.
+        regularize: Called between backward and step, to add to the gradients.
+
     Raises:
-        TrainingError: if the loss is NaN or infinite.
+        TrainingError: if the loss is NaN or infinite, or distillation lacks its teacher.
     """
+    if config.distill and teacher is None:
+        raise TrainingError(f"{title}: distillation needs a teacher", hint="set distill: 0 for this training")
     count = min(config.images_per_epoch or len(split), len(split))
     size = min(config.batch_size, count)
     steps = config.iterations or count // size
-    device_type = split.labels.device.type
+    classes = int(split.labels.max()) + 1 if config.mixes else 0
 
-    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-        return itertools.islice(passes(split, size, seed, augment=augment, start=epoch, limit=count), steps)
+    def batches(epoch: int) -> Iterable[Batch]:
+        taken = itertools.islice(passes(split, size, seed, augment=augment, start=epoch, limit=count), steps)
+        return mixed(taken, config, classes, (seed, epoch)) if config.mixes else taken
 
-    def step(batch: tuple[Tensor, Tensor]) -> Metrics:
-        images, labels = batch
-        # autocast around the forward only: around a whole loop it would keep stale bf16 copies of the weights
-        with torch.autocast(device_type, torch.bfloat16, enabled=config.bf16):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-        loss.backward()
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return {"loss": loss.item(), "accuracy": accuracy.item()}
+    def step(batch: Batch) -> Metrics:
+        metrics = _gradient(forward, batch, config, teacher)
+        if regularize:
+            regularize()
+        if config.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        return metrics
 
     model.train()
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
-    run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
+    with arranged(model, config) as forward, averaged(model, optimizer, config.ema):
+        run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
+
+
+def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None) -> Metrics:
+    """Leave the gradient of a batch's loss in the network's parameters; targets are classes or shares of classes."""
+    images, targets = batch
+    # autocast around the forward only: around a whole loop it would keep stale bf16 copies of the weights
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
+        logits = forward(images)
+    loss = cross_entropy(logits, targets, config)
+    if config.distill and teacher is not None:
+        said = answer(teacher, images, config.bf16)
+        loss = distilled(loss, logits, said, config.distill, config.temperature, len(images))
+    loss.backward()
+    labels = targets if targets.dim() == 1 else targets.argmax(1)
+    accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    return {"loss": loss.item(), "accuracy": accuracy.item()}
 
 
 def run_epochs(
@@ -171,13 +201,20 @@ def make_optimizer(model: nn.Module, config: Any) -> Optimizer:
 
 
 def make_schedule(optimizer: Optimizer, config: Any, steps: int, *, done: int = 0) -> LambdaLR:
-    """The learning rate per step: gamma at each milestone (epochs), or half a cosine; `done` steps lie behind."""
+    """The learning rate per step: gamma at each milestone (epochs), or half a cosine; `done` steps lie behind.
+
+    A warm-up of w steps multiplies it with 1/(w+1), 2/(w+1), ..., w/(w+1); the cosine begins after it.
+    """
     cosine = getattr(config, "schedule", "multistep") == "cosine"
+    total = config.epochs * steps
+    warmup = max(0, min(round(getattr(config, "warmup", 0) * steps), total - 1))
 
     def factor(index: int) -> float:
+        rise = min(1.0, (index + 1) / (warmup + 1))
         if cosine:
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, index / (config.epochs * steps))))
-        return float(config.gamma ** sum(index >= milestone * steps for milestone in config.milestones))
+            share = max(0, index - warmup) / (total - warmup)
+            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        return rise * float(config.gamma ** sum(index >= milestone * steps for milestone in config.milestones))
 
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr

@@ -21,6 +21,7 @@ LAYERS = (
         "graph",
         "groups",
         "settings",
+        "settings_fit",
         "settings_vote",
         "spread",
         "names",
@@ -53,6 +54,8 @@ LAYERS = (
             "cifar",
             "networks",
             "training",
+            "fit_options",
+            "library_pruner",
             "progress",
             "checkpoint",
             "meta_train",
@@ -71,6 +74,9 @@ LAYERS = (
         | {"bench_metanetwork", "bench_metastep", "bench_workers"}
         | {
             "pipeline",
+            "baselines",
+            "budget",
+            "initial",
             "compare",
             *("curve", "curve_cli", "checkpoint_search"),
             "job",

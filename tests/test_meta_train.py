@@ -1,6 +1,7 @@
 """The meta step.
 
 * one backward through the metanetwork gives the gradient of the whole loss, however many mini-batches there are
+* so it does with distillation from the data model
 * the metanetwork runs once per step
 * training moves the metanetwork, lowers its loss, and is the same after a resume
 """
@@ -62,6 +63,10 @@ def test_the_accumulated_gradient_is_the_direct_one(data: Data, subject: DataMod
     loss = F.cross_entropy(functional_call(subject.model, state, (images,)), labels)
     loss = loss + 0.3 * subject.importance.sparsity_loss(state, scale_invariant=scale_invariant)
     loss.backward()
+    compare_gradients(accumulated, direct)
+
+
+def compare_gradients(accumulated: gmn.MetaNetwork, direct: gmn.MetaNetwork) -> None:
     pairs = [(a.grad, b.grad) for a, b in zip(accumulated.parameters(), direct.parameters(), strict=True)]
     scale = max(float(expected.abs().max()) for _, expected in pairs if expected is not None)
     for got, expected in pairs:
@@ -69,10 +74,25 @@ def test_the_accumulated_gradient_is_the_direct_one(data: Data, subject: DataMod
         assert got is None or expected is None or torch.allclose(got, expected, atol=1e-5 * scale, rtol=1e-4)
 
 
+def test_distillation_from_the_data_model(data: Data, subject: DataModel) -> None:
+    accumulated, direct = new_metanetwork(subject), new_metanetwork(subject)
+    parts = batches(data, 3)
+    meta_step(accumulated, subject, parts, pruner_reg=0.0, distill=0.4, temperature=3.0)
+
+    state = direct(subject.graph).to_state_dict()
+    images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    logits, said = functional_call(subject.model, state, (images,)), subject.model(images).detach()
+    p, q = (torch.exp(x / 3) / torch.exp(x / 3).sum(1, keepdim=True) for x in (said, logits))
+    kl = (p * (p.log() - q.log())).sum(1).mean()
+    (0.6 * F.cross_entropy(logits, labels) + 0.4 * 3**2 * kl).backward()
+    compare_gradients(accumulated, direct)
+    assert all(p.grad is None for p in subject.model.parameters())
+
+
 def test_the_metanetwork_runs_once_per_step(data: Data, subject: DataModel) -> None:
     metanetwork, calls = new_metanetwork(subject), []
     metanetwork.register_forward_hook(lambda *_: calls.append(1))
-    metrics = meta_step(metanetwork, subject, batches(data, 3), pruner_reg=1.0)
+    metrics = meta_step(metanetwork, subject, batches(data, 3), pruner_reg=1.0, distill=0.5)
     assert len(calls) == 1
     assert metrics["accuracy_gradient"] > 0
     assert metrics["sparsity_gradient"] > 0

@@ -1,0 +1,95 @@
+"""torch-pruning's own pruners under our keep rules: what a user would take instead of this package.
+
+Scores are its `GroupMagnitudeImportance` with its defaults: p = 2, mean over the members of a group, divided by the
+mean over its channels. Ranking is global, and a step removes about as many channels as one of ours. It looks at
+`prune.max_ratio` before a step, so a layer can end with a little less than that leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from gmn.costs import Cost, cost
+from gmn.errors import PruningError
+from gmn.graph import GraphSpec
+from gmn.groups import Couplings
+from gmn.settings import Prune
+from gmn.surgery import settled
+
+Pruner = Any  # torch_pruning.pruner.BasePruner
+LEAVE_OUT = "leave torch-pruning out of report.baselines"
+
+
+def library_pruner(
+    model: nn.Module, spec: GraphSpec, example_inputs: Any, config: Prune, *, sparse: bool = False
+) -> Pruner:
+    """A pruner of torch-pruning that changes the model in place.
+
+    Args:
+        model: The network.
+        spec: Its graph's structure, which says what must stay.
+        example_inputs: What torch-pruning follows the channels with.
+        config: Steps, and how much of a layer may go.
+        sparse: `GroupNormPruner`, whose `regularize` adds to the gradients, with its default strength of 1e-4.
+
+    Raises:
+        PruningError: if the network has attention, or torch-pruning cannot follow it.
+    """
+    if spec.heads:
+        raise PruningError("the rows of torch-pruning do not know attention heads", hint=LEAVE_OUT)
+    kind = tp.pruner.GroupNormPruner if sparse else tp.pruner.BasePruner
+    with _one_error():
+        return kind(
+            model,
+            example_inputs,
+            tp.importance.GroupMagnitudeImportance(),
+            global_pruning=True,
+            pruning_ratio=1.0,
+            max_pruning_ratio=config.max_ratio,
+            iterative_steps=config.steps,
+            ignored_layers=_whole_layers(model, spec, settled(model, spec, example_inputs)),
+            in_channel_groups={},  # its own defaults are shared by all pruners, and grow
+            out_channel_groups={},
+            num_heads={},
+        )
+
+
+def prune_with(pruner: Pruner, example_inputs: Any, speed_up: float, before: Cost) -> nn.Module:
+    """Step until the network is so many times cheaper than before; the pruner's model, changed in place.
+
+    Raises:
+        PruningError: if the target is out of reach, or what is left does not run.
+    """
+    reached = 1.0
+    for _ in range(pruner.iterative_steps):
+        with _one_error():
+            pruner.step()
+            reached = before.flops / cost(pruner.model, example_inputs).flops
+        if reached >= speed_up:
+            return pruner.model
+    raise PruningError("torch-pruning cannot reach the speed-up", expected=f"{speed_up:g}x", got=f"{reached:.2f}x")
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Whatever the library raises, as one error of ours."""
+    try:
+        yield
+    except Exception as error:
+        got = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise PruningError("torch-pruning cannot follow the network", got=got, hint=LEAVE_OUT) from error
+
+
+def _whole_layers(model: nn.Module, spec: GraphSpec, coupled: Couplings) -> list[nn.Module]:
+    """The layers with outputs that must stay."""
+    stays = ~coupled.prunable
+    return [
+        model.get_submodule(param.rpartition(".")[0])
+        for param, slots in spec.weights().items()
+        if bool(stays[coupled.channel[spec.made_by(slots)]].any())
+    ]
