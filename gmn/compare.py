@@ -3,6 +3,7 @@
     metanetwork    [initial pruning] -> metanetwork -> fine-tune -> prune -> fine-tune
     same-schedule  the same without the metanetwork
     direct         prune at once, then all of the fine-tuning: the row a user would run, and the harder one to beat
+    random         like direct, by a random ranking, another one for each seed: what the criterion is worth
 
 Validation images choose; each finished network sees the test images once.
 """
@@ -22,7 +23,6 @@ from gmn.costs import Cost, cost, latency
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
-from gmn.ranking import mask_steps
 from gmn.settings import Fit
 from gmn.spread import spread
 from gmn.surgery import remove, settled
@@ -85,8 +85,9 @@ def _row(
     if not (folder / "model.json").is_file():
         before = cost(base, job.example)
         stages: dict[str, float] = {}
-        if row == "direct":
-            model, tuning = job.prune(base, job.recipe.prune.speed_up).model, _merged(job)
+        if row in ("direct", "random"):
+            chance = job.seed(700 + seed) if row == "random" else None
+            model, tuning = job.prune(base, job.recipe.prune.speed_up, chance=chance).model, _merged(job)
             stages["pruned"] = evaluate(model, job.data.val).accuracy
         else:
             model = job.rewrite(start, metanetwork, layout)
@@ -163,8 +164,7 @@ def _curve(
 def _curve_of(job: MetaJob, model: nn.Module, before: Cost, advance: Any) -> list[tuple[float, float]]:
     graph = job.graph(model)
     coupled = settled(model, graph.spec, job.example)
-    state, own = dict(model.state_dict()), job.recipe
-    masks = list(mask_steps(state, graph.spec, coupled, own.prune, own.criterion, job.prior))
+    masks = job.masks(model, graph.spec, coupled)
     points = [
         (before.flops / cost(model, job.example).flops, evaluate(model, job.data.val, limit=CURVE_IMAGES).accuracy)
     ]

@@ -11,6 +11,7 @@ import matplotlib.ticker
 from gmn.checkpoint import write_atomic
 
 COLOURS = {"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"}
+COLOURS["random"] = "#999999"
 CURVES = {"with metanetwork": COLOURS["metanetwork"], "without": COLOURS["same-schedule"]}
 
 

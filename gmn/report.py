@@ -15,6 +15,7 @@ TITLES = {
     "metanetwork": "metanetwork",
     "same-schedule": "same schedule",
     "direct": "direct",
+    "random": "random",
 }
 
 
@@ -41,6 +42,7 @@ def table(report: dict[str, Any]) -> Table:
 MEANINGS = {
     "direct": "direct: pruned at once, all fine-tuning after it",
     "same-schedule": "same schedule: without the metanetwork step",
+    "random": "random: like direct, channels drawn at random",
 }
 SEEN = {True: "the metanetwork learnt on this network", False: "a network the metanetwork never saw"}
 

@@ -44,7 +44,8 @@ LAYERS = (
         ),
         *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_tape"),
     },
-    {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "overlap", "wordnet"},
+    {"criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
+    | {"similarity", "measures", "overlap", "wordnet"},
     *(
         {
             "data",
@@ -53,6 +54,7 @@ LAYERS = (
             "cifar",
             "networks",
             "training",
+            "gradients",
             "progress",
             "checkpoint",
             "meta_train",
