@@ -147,7 +147,7 @@ def prune(
     recalibrate_images: int = 1000,
     on_unknown: OnUnknown = "keep",
     seed: int = 0,
-    **ranking: Any,
+    **options: Any,
 ) -> Result:
     """Make a network cheaper: [metanetwork -> fine-tune ->] prune -> fine-tune. The model itself is not changed.
 
@@ -163,7 +163,7 @@ def prune(
         criterion: How channels are scored: a `gmn.Criterion`, or its score, such as "taylor" (which needs `data`).
         on_unknown: See `gmn.to_graph`; "keep" never prunes around a layer without a rule.
         seed: Seed of the fine-tuning, and of what a criterion draws.
-        ranking: Fields of `gmn.Ranking`: `max_ratio=0.8, keep=["layer1.*"], round_to=8, ranking="local"`, ...
+        options: Fields of `gmn.Ranking`: `max_ratio=0.8, keep=["layer1.*"], round_to=8, ranking="local"`, ...
 
     Raises:
         PruningError: if the target is out of reach, or fine-tuning is asked for without data.
@@ -173,12 +173,11 @@ def prune(
     if finetune is not None and data is None:
         raise PruningError("fine-tuning needs data", hint="pass data=gmn.load_data(...)")
     if isinstance(meta, Voters):
-        _refuse_ranking(criterion, ranking)
+        _refuse_ranking(criterion, options)
         return _elected(meta, model, example_inputs, data, speed_up, finetune=finetune, augment=augment, seed=seed)
-    config = _target(speed_up, ranking)
+    config = _target(speed_up, options)
     own = (Criterion(score=criterion) if isinstance(criterion, str) else criterion or Criterion()).seeded(seed)
     graph = to_graph(model, example_inputs, on_unknown=on_unknown)
-    before = cost(model, example_inputs)
     data = None if data is None else data.to(graph.node_features.device)
 
     def tune(network: nn.Module, title: str) -> None:
@@ -190,22 +189,22 @@ def prune(
         current = meta.rewrite(model, example_inputs, on_unknown=on_unknown)
         tune(current, "fine-tuning after the metanetwork")
     gradients = None if data is None else gradients_for(own, current, data.train, seed=seed)
-    pruned = prune_to(current, graph, example_inputs, config, own, before=before, gradients=gradients)
+    pruned = prune_to(current, graph, example_inputs, config, own, gradients=gradients)
     if data is not None:
         recalibrate(pruned.model, data.train, recalibrate_images, seed=seed)
     tune(pruned.model, "fine-tuning after pruning")
     return _result(pruned.model, pruned.before, example_inputs, data)
 
 
-def _target(speed_up: float | None, ranking: dict[str, Any]) -> Prune:
+def _target(speed_up: float | None, options: dict[str, Any]) -> Prune:
     speed_up = 2.0 if speed_up is None else speed_up
     if speed_up <= 1:
         raise PruningError("nothing to aim at", expected="speed_up above 1", got=f"speed_up={speed_up:g}")
-    return Prune(speed_up=speed_up, **checked(Ranking, ranking, "gmn.prune").model_dump())
+    return Prune(speed_up=speed_up, **checked(Ranking, options, "gmn.prune").model_dump())
 
 
-def _refuse_ranking(criterion: Criterion | str | None, ranking: dict[str, Any]) -> None:
-    given = [*(["criterion"] if criterion is not None else []), *ranking]
+def _refuse_ranking(criterion: Criterion | str | None, options: dict[str, Any]) -> None:
+    given = [*(["criterion"] if criterion is not None else []), *options]
     if given:
         raise PruningError("a zoo's votes decide which channels go", got=", ".join(given), hint="leave that out")
 

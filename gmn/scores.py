@@ -114,11 +114,11 @@ def register_criterion(name: str, *, differentiable: bool = False) -> Callable[[
     Raises:
         PruningError: Another criterion has the name, or what is registered is neither.
 
-    >>> @register_criterion("largest-weight")
-    ... def largest_weight(members, state):
+    >>> @register_criterion("peak")
+    ... def peak(members, state):
     ...     return members.reduce([member.rows(state[member.param]).abs().amax(1) for member in members])
-    >>> make_score(Criterion(score="largest-weight")).name
-    'largest-weight'
+    >>> make_score(Criterion(score="peak")).name
+    'peak'
     """
 
     def register(made: Any) -> Any:
