@@ -15,7 +15,6 @@ would reward a single channel for growing.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -25,10 +24,8 @@ from gmn.errors import PruningError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings
 from gmn.members import Members
-from gmn.scores import make_score
+from gmn.scores import Course, Tensors, make_score
 from gmn.settings import Criterion
-
-Tensors = Mapping[str, Tensor]
 
 
 class Importance:
@@ -59,7 +56,7 @@ class Importance:
         self._refuse_no_gradients(gradients)
         return self._checked(self.score.channels(self.members, state, gradients))
 
-    def course(self, state: Tensors, gradients: Tensors | None = None) -> Callable[[Tensor], Tensor]:
+    def course(self, state: Tensors, gradients: Tensors | None = None) -> Course:
         """Scores while channels go: what is kept so far, [channels] bool, to [channels]."""
         self._refuse_no_gradients(gradients)
         raw = self.score.course(self.members, state, gradients)
@@ -71,8 +68,9 @@ class Importance:
             raise PruningError(f"the criterion {self.score.name!r} needs gradients", got="none", hint=hint)
 
     def _checked(self, raw: Tensor) -> Tensor:
-        if raw.shape != (self.coupled.num_channels,):
-            expected, got = f"one number for each of {self.coupled.num_channels} channels", str(tuple(raw.shape))
+        if not isinstance(raw, Tensor) or raw.shape != (self.coupled.num_channels,):
+            expected = f"one number for each of {self.coupled.num_channels} channels"
+            got = str(tuple(raw.shape)) if isinstance(raw, Tensor) else type(raw).__name__
             raise PruningError(f"malformed scores of the criterion {self.score.name!r}", expected=expected, got=got)
         return raw
 

@@ -72,9 +72,10 @@ def described(config: Ranking) -> str:
 
 def _matches(spec: GraphSpec, coupled: Couplings, config: Ranking) -> Iterator[tuple[int, float, str]]:
     """Every group that a pattern means, with the ratio and where that stands."""
-    made = makers(spec, coupled)
-    own = [(pattern, ratio, f"prune.limits {pattern!r}: {ratio:g}") for pattern, ratio in config.limits.items()]
-    for pattern, ratio, where in [*own, *((pattern, 0.0, f"prune.keep {pattern!r}") for pattern in config.keep)]:
+    asked = [(pattern, ratio, f"prune.limits {pattern!r}: {ratio:g}") for pattern, ratio in config.limits.items()]
+    asked += [(pattern, 0.0, f"prune.keep {pattern!r}") for pattern in config.keep]
+    made = makers(spec, coupled) if asked else {}
+    for pattern, ratio, where in asked:
         names = [name for name in made if fnmatchcase(name, pattern)]
         if not names:
             near = nearest(pattern, made) or f"layers that make channels: {', '.join(list(made)[:5])}, ..."

@@ -60,7 +60,7 @@ class Member:
         drop = ~keep[self.channel]
         if self.axis is not None:
             drop = drop.view(edges.shape[0], -1, 1) if self.axis == 0 else drop.view(edges.shape[0], 1, -1)
-        edges.masked_fill_(drop, 0.0)
+        edges.masked_fill_(drop.to(edges.device), 0.0)
 
 
 class Members:

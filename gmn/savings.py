@@ -30,12 +30,12 @@ def positions(model: nn.Module, spec: GraphSpec, example_inputs: Any) -> dict[st
     calls: dict[str, float] = defaultdict(float)  # by module
 
     def watch(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            calls[name] += _positions(module, inputs, output)
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls[name] += _positions(module, (*args, *kwargs.values()), output)
 
         return note
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in model.named_modules()]
     args, kwargs = split_inputs(example_inputs)
     try:
         with evaluation(model), torch.no_grad():
@@ -59,7 +59,7 @@ def _calls(calls: Mapping[str, float], module: str) -> float:
     return calls.get(module, 0.0)
 
 
-def _positions(module: nn.Module, inputs: Any, output: Any) -> float:
+def _positions(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> float:
     output = output[0] if isinstance(output, (tuple, list)) and output else output
     if isinstance(module, _ConvTransposeNd):
         return inputs[0].numel() / module.in_channels
@@ -80,8 +80,10 @@ class Savings:
 
     def __init__(self, spec: GraphSpec, coupled: Couplings, uses: Mapping[str, float]) -> None:
         self.members = Members(spec, coupled, "weights")
-        ones = {m.param: torch.ones(spec.shapes[m.param], dtype=torch.float64) for m in self.members}
-        self.edges = {m.param: m.edges(ones[m.param]) * uses[m.param] for m in self.members}
+        self.edges: dict[str, Tensor] = {}
+        for name, (slot, *_) in spec.weights().items():
+            *edges, taps = slot.canonical_shape
+            self.edges[name] = torch.full(edges, taps * uses[name], dtype=torch.float64)
 
     def __call__(self, keep: Tensor) -> Tensor:
         """[channels]: multiply-adds, 1 at least; `keep`, [channels] bool, may only lose channels from call to call."""

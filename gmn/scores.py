@@ -12,7 +12,6 @@ what would rank single weights, or the weights of an N:M block, ranks channels b
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -73,8 +72,8 @@ class Elementwise(Score):
 
     def energies(self, members: Members, state: Tensors, gradients: Tensors | None = None) -> dict[str, Tensor]:
         """Energies by parameter: [G, O, I], summed over the taps of each kernel, or [channels] of a norm."""
-        own = {} if gradients is None else gradients
-        return {m.param: m.edges(self.energy(state[m.param], own.get(m.param))) for m in members}
+        own, once = gradients or {}, {member.param: member for member in members}
+        return {name: member.edges(self.energy(state[name], own.get(name))) for name, member in once.items()}
 
     def channels(self, members: Members, state: Tensors, gradients: Tensors | None = None) -> Tensor:
         return members.reduce(members.sums(self.energies(members, state, gradients)))
@@ -122,11 +121,11 @@ def register_criterion(name: str, *, differentiable: bool = False) -> Callable[[
     """
 
     def register(made: Any) -> Any:
-        known = _SCORES[name][0] if name in _SCORES else made
+        make, known = _maker(made, differentiable), _SCORES[name][0] if name in _SCORES else made
         # a module that is loaded again, as in a notebook, may register its own again
-        if (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
+        if known is not made and (_place(known) is None or _place(known) != _place(made)):
             raise PruningError(f"the name {name!r} of a criterion is taken", got=repr(made), where=repr(known))
-        _SCORES[name] = made, _maker(made, differentiable)
+        _SCORES[name] = made, make
         return made
 
     return register
@@ -148,6 +147,11 @@ def make_score(criterion: Criterion) -> Score:
     return score
 
 
+def _place(made: Any) -> tuple[str, str] | None:
+    name = getattr(made, "__qualname__", None)
+    return (made.__module__, name) if name else None
+
+
 def _maker(made: Any, differentiable: bool) -> Maker:
     """How a class or a function becomes a score; PruningError if it is neither."""
     if isinstance(made, type) and issubclass(made, Score):
@@ -163,7 +167,7 @@ class _Function(Score):
 
     def __init__(self, function: Callable[..., Any], differentiable: bool) -> None:
         self.function, self.differentiable = function, differentiable
-        self.needs_gradients = "gradients" in inspect.signature(function).parameters
+        self.needs_gradients = bool(accepted(function, {"gradients": None}))
 
     def channels(self, members: Members, state: Tensors, gradients: Tensors | None = None) -> Tensor:
         return self.function(members, state, **({"gradients": gradients} if self.needs_gradients else {}))

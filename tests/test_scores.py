@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -345,8 +345,9 @@ def test_a_function_is_a_criterion(register: Callable[..., Any]) -> None:
     assert not own.score.differentiable
     keep = torch.tensor([True, True, False, True, True, True])
     assert own.course(STATE)(keep)[HIDDEN].tolist() == pytest.approx([0.0, (3 + 1 + 4) / 3])
-    with pytest.raises(PruningError, match="the name 'largest' of a criterion is taken"):
-        register("largest")(lambda members, state: largest(members, state))
+    for other in (lambda members, state: largest(members, state), partial(largest)):
+        with pytest.raises(PruningError, match="the name 'largest' of a criterion is taken"):
+            register("largest")(other)
 
 
 def test_a_function_may_have_gradients_and_be_a_loss(register: Callable[..., Any]) -> None:
@@ -379,6 +380,7 @@ def test_a_class_is_a_criterion(register: Callable[..., Any]) -> None:
     ("wrong", "message"),
     [
         (lambda members, state: torch.ones(3), r"malformed scores of the criterion 'own': expected one number for eac"),
+        (lambda members, state: None, r"malformed scores of the criterion 'own': .*; got NoneType"),
         (lambda members, state: torch.full((6,), float("nan")), r"'own' do not rank: expected numbers from 0; got nan"),
         (lambda members, state: -torch.ones(6), r"'own' do not rank: expected numbers from 0; got -1"),
     ],
