@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from gmn.data import Augment, Data, load_data
     from gmn.errors import GmnError
     from gmn.flow import Flow
+    from gmn.gradients import loss_gradients
     from gmn.graph import GraphSpec, NetworkGraph
     from gmn.graph_file import load_graph, save_graph
     from gmn.groups import KeepMask, couplings
     from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
     from gmn.networks import build_network, load_weights
     from gmn.rules import Call, Converter, register_converter, register_function
-    from gmn.settings import Criterion, Fit, Prune
+    from gmn.scores import Score, register_criterion
+    from gmn.settings import Criterion, Fit, Prune, Ranking
     from gmn.training import evaluate, fit, recalibrate
     from gmn.zoo import Zoo
 
@@ -51,7 +53,9 @@ __all__ = [
     "MetaNetworkConfig",
     "NetworkGraph",
     "Prune",
+    "Ranking",
     "Result",
+    "Score",
     "Voters",
     "Zoo",
     "build_network",
@@ -65,9 +69,11 @@ __all__ = [
     "load_graph",
     "load_model",
     "load_weights",
+    "loss_gradients",
     "prune",
     "recalibrate",
     "register_converter",
+    "register_criterion",
     "register_function",
     "save_graph",
     "save_model",
@@ -94,7 +100,9 @@ _HOMES = {
     "MetaNetworkConfig": "gmn.metanetwork",
     "NetworkGraph": "gmn.graph",
     "Prune": "gmn.settings",
+    "Ranking": "gmn.settings",
     "Result": "gmn.api",
+    "Score": "gmn.scores",
     "Voters": "gmn.api",
     "Zoo": "gmn.zoo",
     "build_network": "gmn.networks",
@@ -108,9 +116,11 @@ _HOMES = {
     "load_graph": "gmn.graph_file",
     "load_model": "gmn.checkpoint",
     "load_weights": "gmn.networks",
+    "loss_gradients": "gmn.gradients",
     "prune": "gmn.api",
     "recalibrate": "gmn.training",
     "register_converter": "gmn.rules",
+    "register_criterion": "gmn.scores",
     "register_function": "gmn.rules",
     "save_graph": "gmn.graph_file",
     "save_model": "gmn.checkpoint",

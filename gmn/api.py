@@ -16,11 +16,13 @@ from gmn.convert import to_graph, to_model
 from gmn.costs import Cost, cost
 from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
+from gmn.gradients import gradients_for
 from gmn.metanetwork import MetaNetwork
 from gmn.neighbours import ranking
 from gmn.ranking import prune_to
 from gmn.reader import OnUnknown
-from gmn.settings import Criterion, Fit, Prune
+from gmn.recipe import checked
+from gmn.settings import Criterion, Fit, Prune, Ranking
 from gmn.similarity import similarity_by_name
 from gmn.training import evaluate, fit, recalibrate
 from gmn.vote_prune import vote_for
@@ -141,11 +143,11 @@ def prune(
     finetune: Fit | None = None,
     data: Data | None = None,
     augment: Augment | None = None,
-    criterion: Criterion | None = None,
-    max_ratio: float = 0.9,
+    criterion: Criterion | str | None = None,
     recalibrate_images: int = 1000,
     on_unknown: OnUnknown = "keep",
     seed: int = 0,
+    **options: Any,
 ) -> Result:
     """Make a network cheaper: [metanetwork -> fine-tune ->] prune -> fine-tune. The model itself is not changed.
 
@@ -158,24 +160,24 @@ def prune(
         finetune: The fine-tuning after the metanetwork and the one after pruning; needs `data`; may distil from it.
         data: From `gmn.load_data`; also recalibrates batch norms (on `recalibrate_images` images) and evaluates.
         augment: Random changes of the training images.
-        criterion, max_ratio: How channels are scored, and at most how many of a layer go.
+        criterion: How channels are scored: a `gmn.Criterion`, or its score, such as "taylor" (which needs `data`).
         on_unknown: See `gmn.to_graph`; "keep" never prunes around a layer without a rule.
-        seed: Seed of the fine-tuning.
+        seed: Seed of the fine-tuning, and of what a criterion draws.
+        options: Fields of `gmn.Ranking`: `max_ratio=0.8, keep=["layer1.*"], round_to=8, ranking="local"`, ...
 
     Raises:
         PruningError: if the target is out of reach, or fine-tuning is asked for without data.
+        RecipeError: for a field that is unknown, or a value out of its bounds.
         ConversionError: if the network has no graph.
     """
     if finetune is not None and data is None:
         raise PruningError("fine-tuning needs data", hint="pass data=gmn.load_data(...)")
     if isinstance(meta, Voters):
+        _refuse_ranking(criterion, options)
         return _elected(meta, model, example_inputs, data, speed_up, finetune=finetune, augment=augment, seed=seed)
-    speed_up = 2.0 if speed_up is None else speed_up
-    if speed_up <= 1 or not 0 < max_ratio < 1:
-        got = f"speed_up={speed_up:g}, max_ratio={max_ratio:g}"
-        raise PruningError("nothing to aim at", expected="speed_up above 1, max_ratio between 0 and 1", got=got)
+    config = _target(speed_up, options)
+    own = (Criterion(score=criterion) if isinstance(criterion, str) else criterion or Criterion()).seeded(seed)
     graph = to_graph(model, example_inputs, on_unknown=on_unknown)
-    before = cost(model, example_inputs)
     data = None if data is None else data.to(graph.node_features.device)
 
     def tune(network: nn.Module, title: str) -> None:
@@ -186,12 +188,25 @@ def prune(
     if meta is not None:
         current = meta.rewrite(model, example_inputs, on_unknown=on_unknown)
         tune(current, "fine-tuning after the metanetwork")
-    config = Prune(speed_up=speed_up, max_ratio=max_ratio)
-    pruned = prune_to(current, graph, example_inputs, config, criterion, before=before)
+    gradients = None if data is None else gradients_for(own, current, data.train, seed=seed)
+    pruned = prune_to(current, graph, example_inputs, config, own, gradients=gradients)
     if data is not None:
         recalibrate(pruned.model, data.train, recalibrate_images, seed=seed)
     tune(pruned.model, "fine-tuning after pruning")
     return _result(pruned.model, pruned.before, example_inputs, data)
+
+
+def _target(speed_up: float | None, options: dict[str, Any]) -> Prune:
+    speed_up = 2.0 if speed_up is None else speed_up
+    if speed_up <= 1:
+        raise PruningError("nothing to aim at", expected="speed_up above 1", got=f"speed_up={speed_up:g}")
+    return Prune(speed_up=speed_up, **checked(Ranking, options, "gmn.prune").model_dump())
+
+
+def _refuse_ranking(criterion: Criterion | str | None, options: dict[str, Any]) -> None:
+    given = [*(["criterion"] if criterion is not None else []), *options]
+    if given:
+        raise PruningError("a zoo's votes decide which channels go", got=", ".join(given), hint="leave that out")
 
 
 def _elected(

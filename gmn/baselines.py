@@ -6,6 +6,7 @@
     torch-pruning-sparse  the same, with GroupNormPruner of torch-pruning, which regularizes and prunes
     direct                prune at once, then all of the fine-tuning: what a user would run, and the harder one to beat
     torch-pruning         the same, pruned by torch-pruning
+    random                the same, by a random ranking, another one for each seed: what the criterion is worth
 
 `sparse` is the control: a metanetwork that is not ahead of it does not earn its cost.
 """
@@ -73,9 +74,9 @@ class Trial:
             self.job.fit(model, settings, 500 + self.seed, title, teacher=self.base, regularize=regularize)
             self._noted("fine-tuned", model)
 
-    def prune(self, model: nn.Module) -> nn.Module:
-        """The smaller network, with our scores."""
-        return self.job.prune(model, self.job.recipe.prune.speed_up, self.before).model
+    def prune(self, model: nn.Module, *, chance: int | None = None) -> nn.Module:
+        """The smaller network, with our scores, or by a random ranking of that seed."""
+        return self.job.prune(model, self.job.recipe.prune.speed_up, self.before, chance=chance).model
 
     def prune_with(self, pruner: Pruner) -> nn.Module:
         """The smaller network, with torch-pruning's scores."""
@@ -132,6 +133,11 @@ def direct(trial: Trial) -> nn.Module:
     return trial.end(trial.prune(trial.base), trial.whole_budget)
 
 
+def random(trial: Trial) -> nn.Module:
+    """As `direct`, by chance."""
+    return trial.end(trial.prune(trial.base, chance=trial.job.seed(700 + trial.seed)), trial.whole_budget)
+
+
 def torch_pruning(trial: Trial) -> nn.Module:
     """As `direct`, with torch-pruning's scores and pruner."""
     return trial.end(trial.prune_with(trial.job.library_pruner(clone(trial.base))), trial.whole_budget)
@@ -147,6 +153,7 @@ ROWS: dict[str, Callable[[Trial], nn.Module]] = {
     "same-schedule": same_schedule,
     "sparse": sparse,
     "direct": direct,
+    "random": random,
     "torch-pruning": torch_pruning,
     "torch-pruning-sparse": torch_pruning_sparse,
 }

@@ -47,7 +47,10 @@ def meta_train(
     report.show(pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite), folder)
 
 
-@app.command(epilog="Example:  gmn prune my.yaml --meta runs/quickstart --set prune.speed_up=3")
+PRUNE = "gmn prune my.yaml --meta runs/quickstart"
+
+
+@app.command(epilog=f"Examples:  {PRUNE} --set prune.speed_up=3   |   {PRUNE} --set criterion.score=taylor")
 def prune(
     recipe: RecipeArgument,
     meta: Annotated[Path, typer.Option("--meta", help="A run folder, a saved metanetwork or a zoo.")],

@@ -1,6 +1,6 @@
 """Importance scores and the sparsity loss (GMN, appendix B.2), for all groups of a network at once.
 
-    I_t,k  = sum |w_t[k]|^p                        for each parameter slice t of channel k
+    I_t,k  = sum |w_t[k]|^p                        for each parameter slice t of channel k; others: `gmn.scores`
     I_k    = mean over t of I_t,k                  reduce="mean"; "first" takes the layer that makes the channel
     I^_k   = I_k / max over the group of I         normalize="max"; "mean" or "none"
     R      = sum_k gamma_k I^_k
@@ -14,28 +14,18 @@ would reward a single channel for growing.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gmn.address import EdgeSlot
+from gmn.errors import PruningError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings
+from gmn.members import Members
+from gmn.scores import Course, Tensors, make_score
 from gmn.settings import Criterion
-
-
-@dataclass(frozen=True)
-class _Member:
-    """Slices of one parameter: axis 0 by output channel, axis 1 by input channel, None for a per-channel vector."""
-
-    param: str
-    axis: int | None
-    slot: EdgeSlot | None
-    channel: Tensor
-    first: Tensor  # [slices] bool: the slice counts under reduce="first"
 
 
 class Importance:
@@ -45,34 +35,44 @@ class Importance:
         spec: The graph's structure.
         coupled: Its coupled channels.
         criterion: How to score.
+
+    Attributes:
+        coupled: The couplings, those groups frozen too that the criterion cannot judge.
+
+    Raises:
+        PruningError: No criterion of that name.
     """
 
     def __init__(self, spec: GraphSpec, coupled: Couplings, criterion: Criterion | None = None) -> None:
         self.criterion = criterion or Criterion()
-        self.coupled = coupled
-        self.members = _members(spec, coupled)
-        channels = coupled.num_channels
-        counts = torch.zeros(channels)
-        for member in self.members:
-            counts.index_add_(0, member.channel, self._weights(member))
-        self.counts = counts.clamp(min=1.0)
+        self.score = make_score(self.criterion)
+        self.members = Members(spec, coupled, self.score.reads, self.criterion.reduce)
+        blind = coupled.group[coupled.prunable & ~self.members.seen].unique().tolist()
+        reason = f"nothing for the criterion {self.score.name!r} to read"
+        self.coupled = dataclasses.replace(coupled, frozen={**dict.fromkeys(blind, reason), **coupled.frozen})
 
-    def _weights(self, member: _Member) -> Tensor:
-        return member.first.float() if self.criterion.reduce == "first" else torch.ones(len(member.channel))
+    def raw(self, state: Tensors, gradients: Tensors | None = None) -> Tensor:
+        """[channels]: I_k, before normalisation; differentiable in the state if the criterion is."""
+        self._refuse_no_gradients(gradients)
+        return self._checked(self.score.channels(self.members, state, gradients))
 
-    def energies(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """|w|^p by parameter: [G, O, inputs] summed over the taps of each kernel, or [channels] for a norm."""
-        return {m.param: _energy(state[m.param], m.slot, self.criterion.p) for m in self.members}
+    def course(self, state: Tensors, gradients: Tensors | None = None) -> Course:
+        """Scores while channels go: what is kept so far, [channels] bool, to [channels]."""
+        self._refuse_no_gradients(gradients)
+        raw = self.score.course(self.members, state, gradients)
+        return lambda keep: self.normalized(_refuse_unordered(self._checked(raw(keep)), self.score.name), keep)
 
-    def raw(self, energies: Mapping[str, Tensor]) -> Tensor:
-        """[channels]: I_k, before normalisation; differentiable in the energies."""
-        sample = energies[self.members[0].param]
-        total = sample.new_zeros(self.coupled.num_channels)
-        for member in self.members:
-            energy = energies[member.param]
-            norms = energy if member.axis is None else energy.sum(dim=2 - member.axis).flatten()
-            total = total.index_add(0, member.channel.to(sample.device), norms * self._weights(member).to(sample))
-        return total / self.counts.to(sample)
+    def _refuse_no_gradients(self, gradients: Tensors | None) -> None:
+        if self.score.needs_gradients and gradients is None:
+            hint = "pass data=, whose training images they are taken on, or gmn.loss_gradients(...)"
+            raise PruningError(f"the criterion {self.score.name!r} needs gradients", got="none", hint=hint)
+
+    def _checked(self, raw: Tensor) -> Tensor:
+        if not isinstance(raw, Tensor) or raw.shape != (self.coupled.num_channels,):
+            expected = f"one number for each of {self.coupled.num_channels} channels"
+            got = str(tuple(raw.shape)) if isinstance(raw, Tensor) else type(raw).__name__
+            raise PruningError(f"malformed scores of the criterion {self.score.name!r}", expected=expected, got=got)
+        return raw
 
     def normalizer(self, raw: Tensor, keep: Tensor | None = None, how: str | None = None) -> Tensor:
         """[channels]: NORM of the group that each channel belongs to, over the channels kept so far."""
@@ -86,14 +86,22 @@ class Importance:
         total, count = (raw.new_zeros(size).index_add(0, group, x) for x in (raw * kept, kept))
         return (total / count.clamp(min=1.0))[group]
 
-    def scores(self, energies: Mapping[str, Tensor], keep: Tensor | None = None) -> Tensor:
-        """[channels]: normalised scores, comparable over groups; the lowest go first. `keep`: [channels] bool."""
-        raw = self.raw(energies)
+    def normalized(self, raw: Tensor, keep: Tensor | None = None) -> Tensor:
+        """[channels]: I_k / NORM, comparable over groups."""
         return raw / self.normalizer(raw, keep).clamp(min=torch.finfo(raw.dtype).tiny)
 
-    def sparsity_loss(self, state: Mapping[str, Tensor], *, scale_invariant: bool = False) -> Tensor:
-        """R summed over the groups that can be pruned; a scalar, differentiable in the parameters."""
-        raw = self.raw(self.energies(state))
+    def scores(self, state: Tensors, keep: Tensor | None = None, gradients: Tensors | None = None) -> Tensor:
+        """[channels]: normalised scores; the lowest go first. `keep`: [channels] bool, what the normaliser is over."""
+        return self.normalized(self.raw(state, gradients), keep)
+
+    def sparsity_loss(self, state: Tensors, *, scale_invariant: bool = False) -> Tensor:
+        """R summed over the groups that can be pruned; a scalar, differentiable in the parameters.
+
+        Raises:
+            PruningError: The criterion has no gradient.
+        """
+        refuse_no_loss(self.criterion)
+        raw = self.raw(state)
         norm = self.normalizer(raw, how="mean") if scale_invariant else self.normalizer(raw).detach()
         terms = self.gamma(raw.detach()) * raw / norm.clamp(min=torch.finfo(raw.dtype).tiny)
         return terms[self.coupled.prunable.to(raw.device)].sum()
@@ -106,32 +114,20 @@ class Importance:
         return 2.0 ** (self.criterion.alpha * (high - root) / spread)
 
 
+def refuse_no_loss(criterion: Criterion) -> None:
+    """Raise PruningError unless the criterion can be a sparsity loss."""
+    if not make_score(criterion).differentiable:
+        hint = "learn with norm or bn-scale; what was learnt can be pruned by any: gmn prune --set criterion.score=..."
+        raise PruningError("the criterion is no sparsity loss", got=f"criterion.score {criterion.score}", hint=hint)
+
+
+def _refuse_unordered(raw: Tensor, name: str) -> Tensor:
+    if not bool((raw >= 0).all() & raw.isfinite().all()):
+        worst = raw[~((raw >= 0) & raw.isfinite())][0]
+        raise PruningError(f"scores of the criterion {name!r} do not rank", expected="numbers from 0", got=f"{worst:g}")
+    return raw
+
+
 def _reduce(values: Tensor, group: Tensor, how: Literal["amax", "amin"]) -> Tensor:
     size = int(group.max()) + 1
     return values.new_zeros(size).scatter_reduce(0, group, values, how, include_self=False)
-
-
-def _energy(weight: Tensor, slot: EdgeSlot | None, p: float) -> Tensor:
-    powered = weight * weight if p == 2 else weight.abs() ** p
-    return powered if slot is None else slot.canonical(powered).sum(dim=3)
-
-
-def _members(spec: GraphSpec, coupled: Couplings) -> list[_Member]:
-    """Every parameter slice that counts: weights by output and by input channel, and norm weights."""
-    members: list[_Member] = []
-    makers: set[int] = set()
-    for param, slots in spec.weights().items():
-        made = coupled.channel[spec.made_by(slots)]
-        first = torch.tensor([int(c) not in makers for c in made])
-        makers.update(made.tolist())
-        members.append(_Member(param, 0, slots[0], made, first))
-        pieces, out, into, _ = slots[0].canonical_shape
-        if pieces > 1 and out == into == 1:
-            continue  # a depthwise kernel belongs to one channel: counted once
-        read = coupled.channel[spec.read_by(slots)]
-        members.append(_Member(param, 1, slots[0], read, torch.zeros(len(read), dtype=torch.bool)))
-    for node in spec.node_slots:
-        if node.home and spec.columns[node.column].endswith("norm.weight"):
-            channel = coupled.channel[node.nodes[0] : sum(node.nodes)]
-            members.append(_Member(node.param, None, None, channel, torch.zeros(len(channel), dtype=torch.bool)))
-    return members

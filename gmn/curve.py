@@ -19,7 +19,6 @@ from gmn.costs import Cost, cost
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.progress import Advance, track
-from gmn.ranking import mask_steps
 from gmn.surgery import remove, settled
 from gmn.trace import clone
 from gmn.training import evaluate, recalibrate
@@ -46,8 +45,7 @@ def curve_of(
     """(speed-up, validation accuracy) of the whole network, and with `points` masks down to the last one."""
     graph = job.graph(model)
     coupled = settled(model, graph.spec, job.example)
-    state, own = dict(model.state_dict()), job.recipe
-    masks = list(mask_steps(state, graph.spec, coupled, own.prune, own.criterion, job.prior))
+    masks, own = job.masks(model, graph.spec, coupled), job.recipe
     found: list[Point] = []
     for number in [None, *torch.linspace(0, len(masks) - 1, points).round().int().tolist()]:
         if number is None:

@@ -21,10 +21,11 @@ from gmn.convert import to_graph
 from gmn.costs import training_flops
 from gmn.criteria import Importance
 from gmn.data import Augment, Split
+from gmn.gradients import loss_gradients
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask
 from gmn.ranking import refuse_whole
-from gmn.settings import Fit
+from gmn.settings import Criterion, Fit
 from gmn.settings_vote import FilterPruning
 from gmn.surgery import remove, settled
 from gmn.tasks import head_of
@@ -153,10 +154,12 @@ def _weakest_dropped(scores: Tensor, coupled: Couplings, floor: Tensor, share: f
 
 
 def _scores(model: nn.Module, spec: GraphSpec, coupled: Couplings, split: Split, config: FilterPruning) -> Tensor:
-    """[channels]: how much each unit matters to the task."""
-    images = split.batches(config.batch_size, limit=min(config.score_images, len(split)))
+    """[channels]: how much each unit matters to the task: what it puts out, or w dL/dw summed over its numbers."""
     if config.score == "taylor":
-        return _taylor(model, spec, coupled, list(images))
+        importance = Importance(spec, coupled, Criterion(score="taylor"))
+        gradients = loss_gradients(model, split, config.score_images, batch_size=config.batch_size)
+        return importance.raw(dict(model.state_dict()), gradients).cpu()
+    images = split.batches(config.batch_size, limit=min(config.score_images, len(split)))
     return _activation(model, spec, coupled, [batch for batch, _ in images])
 
 
@@ -194,18 +197,3 @@ def _watched(model: nn.Module, spec: GraphSpec, totals: Tensor) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _taylor(model: nn.Module, spec: GraphSpec, coupled: Couplings, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Size of w dL/dw, summed over a unit's numbers: what the loss would change if they were zero."""
-    importance = Importance(spec, coupled)
-    with evaluation(model):
-        loss = sum(F.cross_entropy(model(images), labels, reduction="sum") for images, labels in batches)
-        parameters = dict(model.named_parameters())
-        assert isinstance(loss, Tensor)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    products = {
-        name: torch.zeros_like(p) if g is None else (p * g).detach().abs().sqrt()
-        for (name, p), g in zip(parameters.items(), gradients, strict=True)
-    }  # squared again by the energies, whose power is 2
-    return importance.raw(importance.energies(products)).cpu()

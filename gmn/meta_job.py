@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,21 @@ from gmn.checkpoint import (
 )
 from gmn.convert import layouts, to_graph, to_model
 from gmn.costs import Cost, cost
-from gmn.criteria import Importance
+from gmn.criteria import Importance, refuse_no_loss
 from gmn.errors import GmnError
-from gmn.graph import NetworkGraph
-from gmn.groups import couplings
+from gmn.gradients import gradients_for
+from gmn.graph import GraphSpec, NetworkGraph
+from gmn.groups import Couplings, KeepMask, couplings
 from gmn.initial import brief, candidates, largest
 from gmn.job import Job
 from gmn.library_pruner import Pruner, library_pruner, prune_with
+from gmn.limits import kept_whole
 from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
-from gmn.ranking import Pruned, prune_to
+from gmn.ranking import Pruned, masks_of, prune_to
 from gmn.run import Run
-from gmn.settings import Fit, Recipe
+from gmn.settings import Criterion, Fit, Recipe
 from gmn.trace import clone
 from gmn.training import evaluate, make_optimizer, recalibrate
 from gmn.vote import prior
@@ -46,8 +49,11 @@ class MetaJob(Job):
     """A metanetwork recipe at work in a run folder."""
 
     def __init__(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> None:
+        if not learnt:  # meta-training has a sparsity loss
+            refuse_no_loss(recipe.criterion)
         super().__init__(recipe, run)
         self.recipe = recipe
+        self.criterion = recipe.criterion.seeded(recipe.seed)
         preset = layouts()[recipe.graph.layout]
         choices = recipe.graph.model_dump(include={"kernels", "identities"}, exclude_none=True)
         self.layout: Layout = dataclasses.replace(preset, **choices)
@@ -142,10 +148,23 @@ class MetaJob(Job):
         learners, held_out = self.recipe.data_models.train, self.recipe.data_models.val
         return range(learners, learners + held_out) if held_out else range(learners)
 
-    def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
+    def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None, chance: int | None = None) -> Pruned:
         settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
-        own = self.recipe.criterion
-        return prune_to(model, graph, self.example, settings, own, before=before, prior=self.prior)
+        if chance is None:
+            known = self._known(model)
+            return prune_to(model, graph, self.example, settings, self.criterion, before=before, **known)
+        blind, own = settings.model_copy(update={"per_flop": False}), Criterion(score="random", normalize="none")
+        return prune_to(model, graph, self.example, blind, own.seeded(chance), before=before)
+
+    def _known(self, model: nn.Module) -> dict[str, Any]:
+        """What the ranking of a network's channels may look at beside its weights."""
+        gradients = gradients_for(self.criterion, model, self.data.train, seed=self.recipe.seed)
+        return {"prior": self.prior, "gradients": gradients}
+
+    def masks(self, model: nn.Module, spec: GraphSpec, coupled: Couplings) -> list[KeepMask]:
+        """Masks with fewer and fewer channels, down to the recipe's limits."""
+        known = self._known(model)
+        return masks_of(model, spec, coupled, self.example, self.recipe.prune, self.criterion, **known)
 
     @cached_property
     def prior(self) -> Tensor | None:
@@ -164,9 +183,11 @@ class MetaJob(Job):
         """A pruner of torch-pruning, for the rows of that name; it changes the model in place."""
         return library_pruner(model, self.graph(model).spec, self.example, self.recipe.prune, sparse=sparse)
 
-    def prune(self, model: nn.Module, speed_up: float, before: Cost | None = None) -> Pruned:
-        """Prune to a speed-up and recompute the batch norms' statistics."""
-        pruned = self._cut(model, speed_up, before)
+    def prune(
+        self, model: nn.Module, speed_up: float, before: Cost | None = None, *, chance: int | None = None
+    ) -> Pruned:
+        """Prune to a speed-up and recompute the batch norms' statistics; `chance`: by a random ranking of that seed."""
+        pruned = self._cut(model, speed_up, before, chance)
         recalibrate(pruned.model, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
         return pruned
 
@@ -175,7 +196,8 @@ class MetaJob(Job):
     def subject(self, model: nn.Module) -> DataModel:
         """A data model with its graph and its scores' bookkeeping."""
         graph = self.graph(model)
-        importance = Importance(graph.spec, couplings(graph.spec), self.recipe.criterion)
+        coupled = kept_whole(graph.spec, couplings(graph.spec), self.recipe.prune)
+        importance = Importance(graph.spec, coupled, self.criterion)
         return DataModel(model, graph, importance)
 
     def checkpoint(self, epoch: int) -> Path:

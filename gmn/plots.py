@@ -13,7 +13,7 @@ from gmn.checkpoint import write_atomic
 
 COLOURS = {
     **{"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"},
-    **{"sparse": "#009e73", "torch-pruning": "#cc79a7", "torch-pruning-sparse": "#56b4e9"},
+    **{"sparse": "#009e73", "torch-pruning": "#cc79a7", "torch-pruning-sparse": "#56b4e9", "random": "#999999"},
 }
 CURVES = {"with metanetwork": COLOURS["metanetwork"], "without": COLOURS["same-schedule"]}
 

@@ -1,12 +1,13 @@
 """Choose what goes: small steps down the ranking until the target speed-up is reached.
 
-The scores are computed again after each step, from norms in which the slices of removed channels are zero: those are
-the norms after surgery, without surgery. Only the networks whose FLOPs are counted are cut for real.
+The scores are computed again after each step, with the slices of removed channels zero: of sums such as norms those
+are the scores after surgery, without surgery. Only the networks whose FLOPs are counted are cut for real. Of equal
+scores the channel that comes first in the network goes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from gmn.criteria import Importance
 from gmn.errors import PruningError
 from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import Couplings, KeepMask
-from gmn.settings import Criterion, Prune
+from gmn.limits import described, floors, kept_whole, rounded
+from gmn.savings import Savings, positions
+from gmn.settings import Criterion, Prune, Ranking
 from gmn.surgery import remove, settled
 
 
@@ -46,6 +49,7 @@ def prune_to(
     *,
     before: Cost | None = None,
     prior: Tensor | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> Pruned:
     """Remove the lowest channels until the network is `config.speed_up` times cheaper.
 
@@ -57,9 +61,11 @@ def prune_to(
         criterion: How channels are scored.
         before: The cost that the speed-up counts from; default: the model's own.
         prior: [channels] factors on the scores, such as `gmn.vote.prior`.
+        gradients: Of a loss with respect to the parameters, for criteria that read them: `gmn.loss_gradients`.
 
     Raises:
         PruningError: if nothing can be pruned or the target is out of reach; the message says which limit stops it.
+            Also for a pattern that matches no layer, and a criterion that cannot be computed.
     """
     before = before or cost(model, example_inputs)
     if before.flops / cost(model, example_inputs).flops >= config.speed_up:
@@ -69,7 +75,7 @@ def prune_to(
             got=f"{config.speed_up:g}x",
         )
     coupled = settled(model, graph.spec, example_inputs)
-    masks = list(mask_steps(dict(model.state_dict()), graph.spec, coupled, config, criterion, prior))
+    masks = masks_of(model, graph.spec, coupled, example_inputs, config, criterion, prior=prior, gradients=gradients)
     cut = lambda mask: remove(model, graph.spec, mask, example_inputs, coupled=coupled)  # noqa: E731
     low, high = 0, len(masks)
     best: Pruned | None = None
@@ -82,64 +88,110 @@ def prune_to(
         else:
             low = middle + 1
     if best is None:
-        smallest = cost(cut(masks[-1]), example_inputs) if masks else None
-        raise _out_of_reach(coupled, config, before, smallest)
+        whole = Importance(graph.spec, kept_whole(graph.spec, coupled, config), criterion).coupled
+        smallest = cost(cut(masks[-1]), example_inputs) if masks else cost(model, example_inputs)
+        raise _out_of_reach(whole, config, before, smallest)
     return best
 
 
-def mask_steps(
-    state: dict[str, Tensor],
+def masks_of(
+    model: nn.Module,
     spec: GraphSpec,
     coupled: Couplings,
-    config: Prune,
+    example_inputs: Any,
+    config: Ranking,
+    criterion: Criterion | None = None,
+    *,
+    prior: Tensor | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> list[KeepMask]:
+    """All masks of `mask_steps` for a network as it is."""
+    uses = positions(model, spec, example_inputs) if config.per_flop else None
+    state = dict(model.state_dict())
+    return list(mask_steps(state, spec, coupled, config, criterion, prior, gradients=gradients, uses=uses))
+
+
+def mask_steps(
+    state: Mapping[str, Tensor],
+    spec: GraphSpec,
+    coupled: Couplings,
+    config: Ranking,
     criterion: Criterion | None = None,
     prior: Tensor | None = None,
+    *,
+    gradients: Mapping[str, Tensor] | None = None,
+    uses: Mapping[str, float] | None = None,
 ) -> Iterator[KeepMask]:
     """Masks with fewer and fewer channels, one per step, until every group is at its limit.
 
-    Scores are multiplied with `prior`, [channels].
+    Args:
+        state: Parameters by name.
+        spec, coupled: The graph's structure and couplings.
+        config: Steps and limits.
+        criterion: How channels are scored.
+        prior: [channels] factors on the scores.
+        gradients: Of a loss with respect to the parameters, for criteria that read them.
+        uses: From `gmn.savings.positions`; scores are then divided by the FLOPs that a channel still costs.
     """
-    importance = Importance(spec, coupled, criterion)
-    energies = {name: energy.detach().cpu() for name, energy in importance.energies(state).items()}
+    importance = Importance(spec, kept_whole(spec, coupled, config), criterion)
+    course = importance.course(_on_cpu(state), None if gradients is None else _on_cpu(gradients))
+    savings = None if uses is None else Savings(spec, coupled, uses)
+    free, group, floor = importance.coupled.prunable, coupled.group, floors(spec, coupled, config)
     keep = torch.ones(coupled.num_channels, dtype=torch.bool)
-    step = max(1, round(int(coupled.prunable.sum()) / config.steps))
-    floor = _floors(coupled, config.max_ratio)
+    gone: list[int] = []  # in the order in which they went
+    step, last = max(1, round(int(free.sum()) / config.steps)), keep.clone()
     while True:
-        scores = importance.scores(energies, keep) * (1.0 if prior is None else prior)
-        drop = _lowest(scores, keep & coupled.prunable, coupled.group, floor, step)
-        if not len(drop):
+        scores = course(keep) * (1.0 if prior is None else prior) / (1.0 if savings is None else savings(keep))
+        if config.ranking == "local":
+            scores = _shares(scores, keep, group)
+        drop = _lowest(scores, keep & free, group, floor, step)
+        if not drop:
             return
         keep[drop] = False
-        _zero(energies, importance, keep)
-        yield KeepMask(coupled.nodes(keep))
+        gone += drop
+        now = _with_multiples(keep, gone, group, config.round_to)
+        if not torch.equal(now, last):
+            yield KeepMask(coupled.nodes(now))
+        last = now
 
 
-def _floors(coupled: Couplings, max_ratio: float) -> Tensor:
-    """[groups]: how many channels of each must stay."""
-    sizes = torch.bincount(coupled.group)
-    return (sizes - (sizes * max_ratio).floor().long()).clamp(min=1)
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def _lowest(scores: Tensor, candidates: Tensor, group: Tensor, floor: Tensor, count: int) -> Tensor:
+def _lowest(scores: Tensor, candidates: Tensor, group: Tensor, floor: Tensor, count: int) -> list[int]:
     """The `count` lowest candidates that leave every group its floor."""
     alive = torch.bincount(group[candidates], minlength=len(floor))
     chosen: list[int] = []
-    for channel in scores.masked_fill(~candidates, float("inf")).argsort().tolist():
+    for channel in scores.masked_fill(~candidates, float("inf")).argsort(stable=True).tolist():
         if len(chosen) == count or not candidates[channel]:
             break
         if alive[group[channel]] > floor[group[channel]]:
             alive[group[channel]] -= 1
             chosen.append(channel)
-    return torch.tensor(chosen, dtype=torch.int64)
+    return chosen
 
 
-def _zero(energies: dict[str, Tensor], importance: Importance, keep: Tensor) -> None:
-    """Set the slices of removed channels to zero, in place."""
-    for member in importance.members:
-        energy, drop = energies[member.param], ~keep[member.channel]
-        if member.axis is not None:
-            drop = drop.view(energy.shape[0], -1, 1) if member.axis == 0 else drop.view(energy.shape[0], 1, -1)
-        energy.masked_fill_(drop, 0.0)
+def _shares(scores: Tensor, keep: Tensor, group: Tensor) -> Tensor:
+    """[channels]: the share of its group that is gone once a channel and all below it are; what went has its 0."""
+    order = scores.masked_fill(~keep, -1.0).argsort(stable=True)  # what went comes first
+    order = order[group[order].argsort(stable=True)]
+    sizes = torch.bincount(group)
+    rank = torch.empty(len(order))
+    rank[order] = (torch.arange(1, len(order) + 1) - (sizes.cumsum(0) - sizes)[group[order]]).float()
+    return rank / sizes[group]
+
+
+def _with_multiples(keep: Tensor, gone: list[int], group: Tensor, round_to: int) -> Tensor:
+    """[channels] bool: what is kept, and of every group the last that went, up to a multiple."""
+    kept, sizes = torch.bincount(group[keep], minlength=int(group.max()) + 1), torch.bincount(group)
+    missing = (rounded(kept, sizes, round_to) - kept).tolist()
+    keep = keep.clone()
+    for channel in reversed(gone) if any(missing) else ():
+        if missing[number := int(group[channel])]:
+            missing[number] -= 1
+            keep[channel] = True
+    return keep
 
 
 def refuse_whole(coupled: Couplings) -> None:
@@ -157,12 +209,13 @@ def _whole(coupled: Couplings) -> str:
     return "; ".join(sorted(set(coupled.frozen.values())))
 
 
-def _out_of_reach(coupled: Couplings, config: Prune, before: Cost, smallest: Cost | None) -> PruningError:
-    if smallest is None:
+def _out_of_reach(coupled: Couplings, config: Prune, before: Cost, smallest: Cost) -> PruningError:
+    if not bool(coupled.prunable.any()):
         return nothing_to_prune(coupled)
     return PruningError(
         "the target speed-up is out of reach",
         expected=f"{config.speed_up:g}x",
-        got=f"at most {before.flops / smallest.flops:.2f}x with prune.max_ratio {config.max_ratio:g}",
-        hint=f"raise prune.max_ratio or lower prune.speed_up; these stay whole: {_whole(coupled)}",
+        got=f"at most {before.flops / smallest.flops:.2f}x with {described(config)}",
+        hint=f"raise prune.max_ratio{' or prune.limits' if config.limits else ''} or lower prune.speed_up;"
+        f" these stay whole: {_whole(coupled)}",
     )

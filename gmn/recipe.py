@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,9 +22,19 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-__all__ = ["AnyRecipe", "Recipe", "VoteRecipe", "builtin_recipes", "dump_recipe", "load_recipe", "read_value"]
+__all__ = [
+    "AnyRecipe",
+    "Recipe",
+    "VoteRecipe",
+    "builtin_recipes",
+    "checked",
+    "dump_recipe",
+    "load_recipe",
+    "read_value",
+]
 
 AnyRecipe = Recipe | VoteRecipe
+AnySection = TypeVar("AnySection", bound=BaseModel)
 METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe}
 
 Key = tuple[int | str, ...]
@@ -77,6 +87,19 @@ def dump_recipe(recipe: AnyRecipe) -> str:
     True
     """
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def checked(kind: type[AnySection], values: dict[str, Any], shown: str) -> AnySection:
+    """A section of a recipe from keyword arguments; RecipeError, which names the function `shown`, if they are wrong.
+
+    >>> from gmn.settings import Ranking
+    >>> checked(Ranking, {"round_to": 8}, "gmn.prune").round_to
+    8
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error.errors(), {(): shown}, kind) from None
 
 
 def read_value(text: str, shown: str) -> Any:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from gmn.backbone import Backbone
 from gmn.costs import training_flops
-from gmn.criteria import Importance
 from gmn.data import Augment, Data, Split
 from gmn.errors import DataError
 from gmn.filter_pruning import Shrunk
 from gmn.graph import GraphSpec
 from gmn.groups import KeepMask
+from gmn.members import Members
 from gmn.progress import track
 from gmn.ranking import refuse_whole
+from gmn.scores import Norm
 from gmn.settings import Fit
 from gmn.settings_vote import Reptile
 from gmn.surgery import remove
@@ -111,7 +112,7 @@ class _Meta:
 
     def __init__(self, backbone: Backbone, ratio: float) -> None:
         self.backbone, self.model = backbone, clone(backbone.model)
-        self.importance = Importance(backbone.spec, backbone.coupled)
+        self.members = Members(backbone.spec, backbone.coupled)
         self.left = backbone.coupled.left_after(ratio)
         self.keep = torch.ones(backbone.coupled.num_channels, dtype=torch.bool)
 
@@ -143,8 +144,7 @@ class _Meta:
         before, state = self.keep, self.model.state_dict()
         # theta has no head: that of the pre-training, perhaps a random one, must not speak for the units that it reads
         counted = {name: torch.zeros_like(value) if self._is_head(name) else value for name, value in state.items()}
-        energies = self.importance.energies(counted)
-        self.keep = _strongest(self.importance, energies, self.left)
+        self.keep = _strongest(self.members, Norm().energies(self.members, counted), self.left)
         self._silence(self.model, of_head=False)
         return int((self.keep & ~before).sum())
 
@@ -159,18 +159,18 @@ class _Meta:
         return name.rpartition(".")[0] == self.backbone.head
 
 
-def _strongest(importance: Importance, energies: Mapping[str, Tensor], left: Tensor) -> Tensor:
+def _strongest(members: Members, energies: Mapping[str, Tensor], left: Tensor) -> Tensor:
     """[channels] bool: so many of each group that can be pruned, and all of the others.
 
     Layer by layer, each by what it reads from units that stay: without training, the same units stay again.
     """
-    coupled = importance.coupled
+    coupled = members.coupled
     energies, keep = dict(energies), torch.ones(coupled.num_channels, dtype=torch.bool)
     for g in coupled.group[coupled.prunable].unique().tolist():
-        members = (coupled.group == g).nonzero().flatten()
-        order = importance.raw(energies).cpu()[members].argsort(descending=True, stable=True)
-        keep[members[order[int(left[g]) :]]] = False
-        for reader in (m for m in importance.members if m.axis == 1 and not bool(keep[m.channel].all())):
+        own = (coupled.group == g).nonzero().flatten()
+        order = members.reduce(members.sums(energies)).cpu()[own].argsort(descending=True, stable=True)
+        keep[own[order[int(left[g]) :]]] = False
+        for reader in (m for m in members if m.axis == 1 and not bool(keep[m.channel].all())):
             energy = energies[reader.param]
             heard = keep[reader.channel].view(energy.shape[0], 1, -1)
             energies[reader.param] = energy * heard.to(energy)

@@ -178,18 +178,48 @@ class MetaTrain(Section):
 class Criterion(Section):
     """How important a channel is."""
 
-    p: float = Field(default=2.0, gt=0, description="power of |w| that is summed")
+    score: str = Field(
+        default="norm",
+        min_length=1,
+        description="norm, bn-scale, taylor, fpgm, random, a registered name or package.module:function",
+    )
+    p: float = Field(default=2.0, gt=0, description="norm: power of |w| that is summed")
     reduce: Literal["mean", "first"] = Field(default="mean", description="over the members of a group")
     normalize: Literal["max", "mean", "none"] = Field(default="max", description="within a group")
     alpha: float = Field(default=4.0, ge=0, description="extra weight on what is small already; 0: off")
+    images: int = Field(default=1000, ge=1, description="taylor: training images that gradients are taken on")
+    seed: int | None = Field(default=None, ge=0, description="random: seed of the draw; null: the run's")
+
+    def seeded(self, seed: int) -> Criterion:
+        """The criterion with a seed: its own, or the run's."""
+        return self if self.seed is not None else self.model_copy(update={"seed": seed})
 
 
-class Prune(Section):
+class Ranking(Section):
+    """Which channels go first, and how many of a layer at most.
+
+    Patterns are those of `fnmatch` (`*` and `?`) over the qualified names of the layers that make channels.
+    """
+
+    steps: int = Field(default=200, ge=1, description="steps in which all channels would go; fewer are coarser")
+    ranking: Literal["global", "local"] = Field(
+        default="global", description="all channels in one ranking, or the same share of every group"
+    )
+    max_ratio: float = Field(default=0.9, gt=0, lt=1, description="at most this share of a layer's channels goes")
+    limits: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict, description="in place of max_ratio, by pattern; of several that match the lowest counts"
+    )
+    keep: list[str] = Field(default_factory=list, description="patterns of layers that lose no channel")
+    round_to: int = Field(
+        default=1, ge=1, description="what stays of a group is a multiple of it; groups with fewer channels are free"
+    )
+    per_flop: bool = Field(default=False, description="divide scores by the FLOPs that the channel costs")
+
+
+class Prune(Ranking):
     """The removal of channels."""
 
     speed_up: float = Field(default=2.0, gt=1, description="FLOPs before / FLOPs after")
-    steps: int = Field(default=200, ge=1, description="steps in which all channels would go; fewer are coarser")
-    max_ratio: float = Field(default=0.9, gt=0, lt=1, description="at most this share of a layer's channels goes")
     recalibrate: int = Field(
         default=0,
         ge=0,
@@ -214,8 +244,8 @@ class Finetune(Section):
 class Report(Section):
     """What the result is compared with, and how often."""
 
-    baselines: list[Literal["direct", "same-schedule", "sparse", "torch-pruning", "torch-pruning-sparse"]] = Field(
-        default=["direct", "same-schedule"], description="rows without metanetwork"
+    baselines: list[Literal["direct", "same-schedule", "sparse", "torch-pruning", "torch-pruning-sparse", "random"]] = (
+        Field(default=["direct", "same-schedule"], description="rows without metanetwork")
     )
     sparse_reg: float = Field(default=0.03, ge=0, description="weight of the sparsity loss in the row `sparse`")
     seeds: int = Field(default=1, ge=1, description="fine-tuning seeds per row")

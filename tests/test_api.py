@@ -139,7 +139,10 @@ def test_frozen_parameters_stay_frozen() -> None:
     ("changes", "message"),
     [
         ({"speed_up": 0.5}, r"expected speed_up above 1.*got speed_up=0\.5"),
-        ({"max_ratio": 1.5}, r"max_ratio between 0 and 1"),
+        ({"max_ratio": 1.5}, r"bad value for 'max_ratio': expected less than 1; got 1\.5; in gmn\.prune"),
+        ({"roundto": 8}, r"unknown key 'roundto'.*in gmn\.prune; did you mean 'round_to'"),
+        ({"criterion": "taylor"}, r"'taylor' needs gradients.*data="),
+        ({"criterion": "tailor"}, r"unknown criterion.*did you mean 'taylor'"),
         ({"speed_up": 1e6}, r"out of reach.*max_ratio"),
         ({"example_inputs": torch.zeros(1, 5, 8, 8)}, r"does not run on the example inputs.*\(1, 5, 8, 8\)"),
     ],

@@ -45,7 +45,8 @@ LAYERS = (
         ),
         *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_tape"),
     },
-    {"criteria", "surgery", "ranking", "costs", "vote"} | {"similarity", "measures", "overlap", "wordnet"},
+    {"criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
+    | {"similarity", "measures", "overlap", "wordnet"},
     *(
         {
             "data",
@@ -56,6 +57,7 @@ LAYERS = (
             "training",
             "fit_options",
             "library_pruner",
+            "gradients",
             "progress",
             "checkpoint",
             "meta_train",

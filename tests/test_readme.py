@@ -1,4 +1,4 @@
-"""The Python examples of the README and of docs/converting.md run as they stand."""
+"""The Python examples of the README, of docs/converting.md and of docs/criteria.md run as they stand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import gmn.rules
+import gmn.scores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,15 @@ def test_a_rule_of_ones_own(capsys) -> None:
     assert torch.equal(same(x), model(x))
     edited = graph.replace(graph.node_features, tuple(e + 1 for e in graph.edge_features))
     assert torch.equal(gmn.to_model(edited)[1].down, model[1].down + 1)  # type: ignore[index]
+
+
+def test_a_criterion_of_ones_own() -> None:
+    names = run_example("docs/criteria.md")
+    del gmn.scores._SCORES["largest-weight"]
+    pruned, other = names["pruned"].model, names["other"]
+    assert pruned.conv1.out_channels == 16
+    assert all(m.out_channels % 4 == 0 for m in pruned.modules() if isinstance(m, torch.nn.Conv2d))
+    assert min(names["pruned"].report["speed_up"], other.report["speed_up"]) >= 1.5
 
 
 def test_the_example_runs(capsys) -> None:

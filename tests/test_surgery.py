@@ -183,7 +183,7 @@ def test_scores_are_taken_anew_after_each_step() -> None:
         left = to_graph(smaller, x).spec
         coupled = couplings(left)
         importance = Importance(left, coupled)
-        scores = importance.scores(importance.energies(smaller.state_dict()))
+        scores = importance.scores(smaller.state_dict())
         lowest = int(scores.masked_fill(~coupled.prunable, float("inf")).argmin())
         gone = (mask.keep & ~following.keep).nonzero().flatten().tolist()
         assert gone == mask.keep.nonzero().flatten()[coupled.channel == lowest].tolist()

@@ -1,0 +1,42 @@
+"""Gradients of the loss with respect to a trained network's parameters, for criteria that read them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from gmn.data import Split
+from gmn.scores import make_score
+from gmn.settings import Criterion
+from gmn.trace import evaluation
+from gmn.training import generator
+
+
+def loss_gradients(
+    model: nn.Module, split: Split, images: int = 1000, *, seed: int | None = None, batch_size: int = 128
+) -> dict[str, Tensor]:
+    """dL/dw of the mean cross-entropy over some images, by parameter, in eval mode; frozen parameters too.
+
+    Args:
+        model: The network; it is not changed.
+        split: Images with labels.
+        images: How many.
+        seed: Of the choice of the images; None: the first ones.
+        batch_size: Images at a time.
+    """
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    count = min(images, len(split))
+    order = None if seed is None else generator(seed, 0)
+    with evaluation(model):
+        for inputs, labels in split.batches(batch_size, generator=order, limit=count):
+            loss = F.cross_entropy(functional_call(model, leaves, (inputs,)), labels, reduction="sum") / count
+            loss.backward()
+    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+
+def gradients_for(criterion: Criterion, model: nn.Module, split: Split, *, seed: int = 0) -> dict[str, Tensor] | None:
+    """The gradients that a criterion asks for, on its number of training images; None if it asks for none."""
+    needed = make_score(criterion).needs_gradients
+    return loss_gradients(model, split, criterion.images, seed=seed) if needed else None
