@@ -1,4 +1,4 @@
-"""The command line: `gmn meta-train`, `prune`, `report`, `inspect`, `convert`, `bench`, `zoo`."""
+"""The command line: `gmn meta-train`, `prune`, `report`, `inspect`, `convert`, `export`, `bench`, `zoo`."""
 
 from __future__ import annotations
 
@@ -134,6 +134,33 @@ def convert(
     convert_cli.convert(model, output, choices, overwrite=overwrite)
 
 
+EXPORT = "Examples:  gmn export runs/quickstart -o out   |   gmn export MODEL -o out --format onnx --batch 1"
+
+
+@app.command(epilog=EXPORT)
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run folder, the folder of a saved network, or a network's name.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write into.")],
+    formats: Annotated[str, typer.Option("--format", help="Of safetensors, pt2, onnx.")] = "safetensors,pt2,onnx",
+    batch: Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="Samples that the files take.")] = (
+        "dynamic"
+    ),
+    row: Annotated[str | None, typer.Option("--row", help="Of a run. Default: the best on validation images.")] = None,
+    size: InputOption = None,
+    classes: ClassesOption = None,
+    options: BuilderOption = None,
+    weights: WeightsOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Write a network for other programs, each file opened again and compared: safetensors, torch.export, ONNX."""
+    from gmn import export_cli, subject
+
+    choices = subject.Choices(size, classes, None, options or (), weights)
+    export_cli.export(model, output, choices, formats=formats, batch=batch, row=row, overwrite=overwrite)
+
+
 @app.command(epilog="Example:  gmn join runs/graph-mask-voting   (while gmn meta-train works on it elsewhere)")
 def join(run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")]) -> None:
     """Share the work of a vote run that is under way: tasks of its zoo, then its comparison from the end."""
@@ -195,6 +222,34 @@ def bench_vote(
     from gmn import bench_vote as bench
 
     bench.show(bench.vote_cost(network, tasks, neighbours))
+
+
+LATENCY = "Examples:  gmn bench latency runs/quickstart --threads 1,2   |   gmn bench latency BASE PRUNED --batch 1,32"
+
+
+@bench_app.command("latency", epilog=LATENCY)
+def bench_latency(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="As of gmn export, the first is the base; a run: its base and rows."),
+    ],
+    batch: Annotated[str, typer.Option("--batch", help="Samples per batch.")] = "1,32",
+    threads: Annotated[str | None, typer.Option("--threads", help="Of the CPU. Default: torch's choice.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Passes of each, after two to warm up.")] = 30,
+    size: InputOption = None,
+    classes: ClassesOption = None,
+    options: BuilderOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
+) -> None:
+    """Time networks side by side: speed-up in FLOPs against speed-up in time on this device."""
+    from gmn import bench_latency as bench
+    from gmn import subject
+    from gmn.study_cli import numbers
+
+    choices = subject.Choices(size, classes, None, options or ())
+    counts = numbers("--batch", batch), numbers("--threads", threads)
+    bench.run(models, choices, *counts, device=device, rounds=rounds, output=output)
 
 
 METANETWORK = (
