@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 from torch.utils._pytree import tree_map
 
-from gmn.batches import with_batch
+from gmn.batches import batch_size, with_batch
 from gmn.checkpoint import save_json
 from gmn.convert_cli import wide_console
 from gmn.costs import Cost, cost, latencies
@@ -89,25 +87,27 @@ def bench(
         GmnError: if a network does not run on a batch.
     """
     models = [own.model.to(device).eval() for own in networks.values()]
-    inputs = tree_map(
-        lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, next(iter(networks.values())).example
-    )
-    costs = {name: cost(model, inputs) for name, model in zip(networks, models, strict=True)}
+    example = next(iter(networks.values())).example
+    inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, example)
+    with _runs_on(batch_size(inputs)):
+        costs = {name: cost(model, inputs) for name, model in zip(networks, models, strict=True)}
     found: list[Timed] = []
     with track("latency", len(batches) * len(threads)) as advance:
         for batch in batches:
             for number in threads:
-                with _threads(number):
-                    seconds = _seconds(models, with_batch(inputs, batch), batch, rounds)
+                with _runs_on(batch), _threads(number):
+                    seconds = latencies(models, with_batch(inputs, batch), rounds=rounds)
                 found += compared(costs, seconds, batch, number)
                 advance(f"batch {batch}")
     return found
 
 
-def _seconds(models: Sequence[nn.Module], inputs: Any, batch: int, rounds: int) -> list[list[float]]:
+@contextmanager
+def _runs_on(batch: int) -> Iterator[None]:
+    """What torch says of a batch that does not fit a network, or the memory, as a GmnError."""
     try:
-        return latencies(models, inputs, rounds=rounds)
-    except RuntimeError as error:  # out of memory, or a batch that a network does not take
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         got = str(error).strip().split("\n")[0]
         raise GmnError(f"a network does not run on a batch of {batch}", got=got) from error
 

@@ -235,7 +235,7 @@ def bench_latency(
     ],
     batch: Annotated[str, typer.Option("--batch", help="Samples per batch.")] = "1,32",
     threads: Annotated[str | None, typer.Option("--threads", help="Of the CPU. Default: torch's choice.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Passes of each, after two to warm up.")] = 30,
     size: InputOption = None,
     classes: ClassesOption = None,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, mode
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
 Positive = Annotated[int, Field(ge=1)]
+DEVICES = r"auto|cpu|cuda(:\d+)?"
 
 
 class Section(BaseModel):
@@ -239,7 +240,7 @@ class Common(Section):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        if not re.fullmatch(DEVICES, value):
             raise ValueError(f"expected auto, cpu, cuda or cuda:N; got {value!r}")
         return value
 

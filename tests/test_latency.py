@@ -123,7 +123,9 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("run --classes 3", "--classes has no meaning here"),
         ("run --batch 0", "not a list of numbers"),
         ("run --device cuda:99", "no such device"),
+        ("run --device meta", "auto, cpu, cuda or cuda:N"),
         ("run nowhere", "unknown network"),
+        ("run/models/base run/models/direct-seed0 --input 8", "does not run on a batch of 1"),
     ):
         assert latency(monkeypatch, arguments) == 2
         assert message in capsys.readouterr().err
