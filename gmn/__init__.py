@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gmn.criteria import Importance
     from gmn.data import Augment, Data, load_data
     from gmn.errors import GmnError
+    from gmn.export import export_model
     from gmn.flow import Flow
     from gmn.gradients import loss_gradients
     from gmn.graph import GraphSpec, NetworkGraph
@@ -62,6 +63,7 @@ __all__ = [
     "cost",
     "couplings",
     "evaluate",
+    "export_model",
     "fit",
     "latency",
     "load",
@@ -109,6 +111,7 @@ _HOMES = {
     "cost": "gmn.costs",
     "couplings": "gmn.groups",
     "evaluate": "gmn.training",
+    "export_model": "gmn.export",
     "fit": "gmn.training",
     "latency": "gmn.costs",
     "load": "gmn.api",

@@ -1,4 +1,4 @@
-"""The command line: `gmn meta-train`, `prune`, `curve`, `select`, `report`, `inspect`, `convert`, `bench`, `zoo`."""
+"""The command line: `gmn meta-train`, `prune`, `curve`, `report`, `inspect`, `convert`, `export`, `bench`, `zoo`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from gmn.cli_bench import bench_app
+from gmn.cli_options import (
+    BuilderOption,
+    ClassesOption,
+    InputOption,
+    LayoutOption,
+    ModelArgument,
+    NetworkOption,
+    WeightsOption,
+)
 from gmn.errors import GmnError
 
 app = typer.Typer(
@@ -111,21 +121,6 @@ def select(
     curve_cli.select(run, min_accuracy=min_accuracy, finetune_images=finetune_images, use=use)
 
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="cifar.resnet20, torchvision.X, timm.X, pkg.mod:function, the folder of a saved network, or a graph file.",
-    ),
-]
-InputOption = Annotated[str | None, typer.Option("--input", help="Size of an input: 3,224,224. Default: the usual.")]
-ClassesOption = Annotated[int | None, typer.Option("--classes", help="Default: 1000, 10 for cifar.*")]
-LayoutOption = Annotated[str | None, typer.Option("--layout", help="Which features nodes have. Default: generic")]
-BuilderOption = Annotated[list[str] | None, typer.Option("--set-option", help="For the builder: --set-option depth=6")]
-WeightsOption = Annotated[Path | None, typer.Option("--weights", help="A state dict to fill the network with.")]
-NetworkOption = Annotated[
-    str | None, typer.Option("--network", help="For a graph file: the network, or the function it may call.")
-]
 INSPECT = "Examples:  gmn inspect torchvision.resnet50   |   gmn inspect timm.vit_tiny_patch16_224 --draw vit.png"
 CONVERT = (
     "Examples:  gmn convert timm.resnet18 -o graph.safetensors   |   gmn convert graph.safetensors -o w.safetensors"
@@ -170,6 +165,33 @@ def convert(
     convert_cli.convert(model, output, choices, overwrite=overwrite)
 
 
+EXPORT = "Examples:  gmn export runs/quickstart -o out   |   gmn export MODEL -o out --format onnx --batch 1"
+
+
+@app.command(epilog=EXPORT)
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run folder, the folder of a saved network, or a network's name.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write into.")],
+    formats: Annotated[str, typer.Option("--format", help="Of safetensors, pt2, onnx.")] = "safetensors,pt2,onnx",
+    batch: Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="Samples that the files take.")] = (
+        "dynamic"
+    ),
+    row: Annotated[str | None, typer.Option("--row", help="Of a run. Default: the best on validation images.")] = None,
+    size: InputOption = None,
+    classes: ClassesOption = None,
+    options: BuilderOption = None,
+    weights: WeightsOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Write a network for other programs, each file opened again and compared: safetensors, torch.export, ONNX."""
+    from gmn import export_cli, subject
+
+    choices = subject.Choices(size, classes, None, options or (), weights)
+    export_cli.export(model, output, choices, formats=formats, batch=batch, row=row, overwrite=overwrite)
+
+
 @app.command(epilog="Example:  gmn join runs/graph-mask-voting   (while gmn meta-train works on it elsewhere)")
 def join(run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")]) -> None:
     """Share the work of a vote run that is under way: tasks of its zoo, then its comparison from the end."""
@@ -196,93 +218,7 @@ def study(
     study_cli.study(name, run, similarity=similarity, targets=targets, neighbours=neighbours, iterations=iterations)
 
 
-bench_app = typer.Typer(no_args_is_help=True, help="Try gmn on many networks.")
 app.add_typer(bench_app, name="bench")
-BENCH = "Example:  gmn bench convert --suite timm --only swin   (results are kept: call it again to go on)"
-
-
-@bench_app.command("convert", epilog=BENCH)
-def bench_convert(
-    suite: Annotated[str, typer.Option("--suite", help="torchvision, torchvision-video, timm or extra.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Default: bench/convert-SUITE.jsonl")] = None,
-    limit_seconds: Annotated[float, typer.Option("--limit-seconds", help="Time for one network.")] = 300.0,
-    only: Annotated[str | None, typer.Option("--only", metavar="REGEX", help="Only networks with such a name.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", help="Networks at a time.")] = 1,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try anew what failed before.")] = False,
-    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the suite's section of a page.")] = None,
-) -> None:
-    """Convert every network of a suite to a graph and back; exit code 1 if one fails."""
-    from gmn import bench
-
-    limits = bench.Limits(limit_seconds, jobs)
-    if not bench.bench(suite, out, limits, only=only, retry=retry_failed, page=markdown):
-        raise typer.Exit(1)
-
-
-@bench_app.command("vote", epilog="Example:  gmn bench vote --tasks 1000 --neighbours 10")
-def bench_vote(
-    network: Annotated[str, typer.Option("--network", help="cifar.resnet20, torchvision.X, timm.X, ...")] = (
-        "cifar.resnet20"
-    ),
-    tasks: Annotated[int, typer.Option("--tasks", min=1, help="Size of the zoo.")] = 1000,
-    neighbours: Annotated[int, typer.Option("--neighbours", min=1, help="How many vote.")] = 10,
-) -> None:
-    """Time the vote itself on synthetic masks: search, draw, averages."""
-    from gmn import bench_vote as bench
-
-    bench.show(bench.vote_cost(network, tasks, neighbours))
-
-
-METANETWORK = (
-    "Example:  gmn bench metanetwork --graphs resnet56 --threads 1,2   (pyg alone takes gigabytes and minutes)"
-)
-
-
-@bench_app.command("metanetwork", epilog=METANETWORK)
-def bench_metanetwork(
-    graphs: Annotated[str, typer.Option("--graphs", help="Of resnet20, resnet56, vgg19, resnet50, vit_b_16.")] = (
-        "resnet20,resnet56"
-    ),
-    backends: Annotated[str, typer.Option("--backends", help="Of blocks, compiled, bf16, pyg.")] = "blocks,pyg",
-    threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
-    passes: Annotated[str, typer.Option("--passes", help="forward, or backward too.")] = "backward",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes of each, after one to warm up.")] = 7,
-    chunk_mb: Annotated[float | None, typer.Option("--chunk-mb", help="max_chunk_mb of the blocks backend.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
-) -> None:
-    """Time a pass through a metanetwork and its peak memory, the backends taking turns."""
-    from gmn import bench_metanetwork as bench
-    from gmn.study_cli import numbers
-
-    cases = bench.Cases(_words(graphs), _words(backends), numbers("--threads", threads), _words(passes))
-    bench.show(bench.bench(cases, rounds=rounds, chunk_mb=chunk_mb), output)
-
-
-METASTEP = "Examples:  gmn bench metastep --ways gmn,bf16   |   gmn bench metastep --network vit_b_16   (inside 8 GB)"
-
-
-@bench_app.command("metastep", epilog=METASTEP)
-def bench_metastep(
-    network: Annotated[str, typer.Option("--network", help="One of the graphs of bench metanetwork.")] = "resnet20",
-    images: Annotated[int | None, typer.Option("--images", min=1, help="The big batch; default: by network.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a mini-batch.")] = 250,
-    ways: Annotated[str | None, typer.Option("--ways", help="Of gmn, channels_last, bf16, published.")] = None,
-    threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each, after one to warm up.")] = 3,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
-) -> None:
-    """Time one step of meta-training by its parts, and its peak memory, the ways taking turns."""
-    from gmn import bench_metastep as bench
-    from gmn.study_cli import numbers
-
-    chosen = None if ways is None else _words(ways)
-    options = {"images": images, "batch_size": batch_size, "rounds": rounds}
-    bench.show(bench.bench(network, chosen, numbers("--threads", threads), **options), output)
-
-
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
-
 
 zoo_app = typer.Typer(no_args_is_help=True, help="The pruned tasks of a network: list, check, add.")
 app.add_typer(zoo_app, name="zoo")

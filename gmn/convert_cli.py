@@ -34,12 +34,15 @@ def inspect(name: str, choices: Choices, *, draw: Path | None = None, groups: bo
         from gmn import drawing  # matplotlib takes a second to import
 
         drawing.draw(subject.graph, draw)
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDTH)
-    console.print(report(subject.model, subject.graph, groups=groups))
+    wide_console().print(report(subject.model, subject.graph, groups=groups))
     if draw is not None:
         print(f"drawn: {draw}")
+
+
+def wide_console() -> Console:
+    """Where results are printed; wide in a pipe, if nobody says how wide."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
 def convert(name: str, output: Path, choices: Choices, *, overwrite: bool = False) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch_pruning
 from torch import nn
 
+from gmn.batches import tensors_in
 from gmn.trace import evaluation, split_inputs
 
 
@@ -47,24 +48,40 @@ def training_flops(model: nn.Module, example_inputs: Any, images: int) -> float:
     return 3 * images * cost(model, example_inputs).flops
 
 
-def latency(models: Sequence[nn.Module], batch: torch.Tensor, *, rounds: int = 15, warmup: int = 2) -> list[float]:
-    """Seconds per forward pass of each model: median over rounds in which the models take turns.
+def latency(models: Sequence[nn.Module], inputs: Any, *, rounds: int = 15, warmup: int = 2) -> list[float]:
+    """Seconds per forward pass of each model: median over rounds in which the models take turns."""
+    return [statistics.median(series) for series in latencies(models, inputs, rounds=rounds, warmup=warmup)]
+
+
+def latencies(models: Sequence[nn.Module], inputs: Any, *, rounds: int = 15, warmup: int = 2) -> list[list[float]]:
+    """Seconds of a forward pass of each model in every round; [models][rounds].
 
     Taking turns lets slow drifts of the machine (heat, other programs) fall on all of them alike.
+
+    Args:
+        models: Networks on the device of the inputs.
+        inputs: One batch: a tensor, a tuple of arguments or a dict of keyword arguments.
+        rounds: How many count.
+        warmup: How many before them do not.
     """
+    args, kwargs = split_inputs(inputs)
+    device = next((tensor.device for tensor in tensors_in(inputs)), None)
     times: list[list[float]] = [[] for _ in models]
     for turn in range(warmup + rounds):
         for index, model in enumerate(models):
             with evaluation(model), torch.no_grad():
-                _wait(batch)
+                _wait(device)
                 start = time.perf_counter()
-                model(batch)
-                _wait(batch)
+                model(*args, **kwargs)
+                _wait(device)
             if turn >= warmup:
                 times[index].append(time.perf_counter() - start)
-    return [statistics.median(series) for series in times]
+    return times
 
 
-def _wait(batch: torch.Tensor) -> None:
-    if batch.is_cuda:
-        torch.cuda.synchronize(batch.device)
+def _wait(device: torch.device | None) -> None:
+    """Until everything that was asked of an accelerator is done."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device is not None and device.type != "cpu":
+        torch.get_device_module(device).synchronize()

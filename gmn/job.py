@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from gmn.errors import GmnError
 from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
 from gmn.run import Run
-from gmn.settings import Common, Fit
+from gmn.settings import DEVICES, Common, Fit
 from gmn.training import evaluate, fit
 
 
@@ -67,7 +68,9 @@ class Job:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes the accelerator if there is one."""
+    """`auto` takes the accelerator if there is one; GmnError if there is no such device."""
+    if not re.fullmatch(DEVICES, name):
+        raise GmnError("no such device", expected="auto, cpu, cuda or cuda:N", got=repr(name))
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

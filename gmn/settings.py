@@ -12,6 +12,7 @@ from pydantic import Field, Strict, field_validator, model_validator
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
+DEVICES = r"auto|cpu|cuda(:\d+)?"
 
 
 class Augment(Section):
@@ -264,7 +265,7 @@ class Common(Section):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        if not re.fullmatch(DEVICES, value):
             raise ValueError(f"expected auto, cpu, cuda or cuda:N; got {value!r}")
         return value
 

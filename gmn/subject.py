@@ -73,6 +73,37 @@ class Subject:
     graph: NetworkGraph
 
 
+@dataclass(frozen=True)
+class Named:
+    """A network that the user named, without a graph.
+
+    Attributes:
+        model: The network, in eval mode.
+        network: How it is built, as `gmn.save_model` takes it.
+        example: An input, one sample.
+        facts: What else its folder says of it, such as accuracies.
+    """
+
+    model: nn.Module
+    network: dict[str, Any]
+    example: Any
+    facts: dict[str, Any]
+
+
+def named(name: str, choices: Choices) -> Named:
+    """The network of a folder, or of that name; GmnError if there is none or it cannot be built."""
+    folder = Path(name)
+    if not folder.is_dir():
+        source = choices.source(name)
+        model = build(source, choices.weights)
+        built = source.to_json()
+        return Named(model, {"name": built.pop("network"), **built}, example_inputs(model, choices.size), {})
+    choices.refuse("classes", "options", "weights")
+    model, content = _saved(folder)
+    facts = {key: value for key, value in content.items() if key not in ("network", "format", "heads")}
+    return Named(model, content["network"], example_inputs(model, choices.size or content.get("input_shape")), facts)
+
+
 def find(name: str, choices: Choices) -> Subject:
     """The network that the user means.
 
@@ -128,10 +159,15 @@ def _of_graph_file(path: Path, choices: Choices) -> Subject:
 
 
 def _of_folder(folder: Path, choices: Choices) -> Subject:
+    model, content = _saved(folder)
+    size = choices.size or content.get("input_shape")
+    return Subject(model, source_of_folder(folder, model), _graph(model, choices, size))
+
+
+def _saved(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A saved network, and what its model.json says."""
     if not (folder / "model.json").is_file():
         inside = sorted(str(file.parent) for file in folder.glob("**/model.json"))
         hint = f"did you mean {inside[0]}?" if inside else None
         raise CheckpointError("no saved network here", expected="model.json", got=str(folder), hint=hint)
-    model = load_model(folder)
-    size = choices.size or load_json(folder / "model.json").get("input_shape")
-    return Subject(model, source_of_folder(folder, model), _graph(model, choices, size))
+    return load_model(folder), load_json(folder / "model.json")

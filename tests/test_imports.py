@@ -33,6 +33,7 @@ LAYERS = (
     {
         *(
             "records",
+            "batches",
             "trace",
             "trace_export",
             "flow",
@@ -68,12 +69,14 @@ LAYERS = (
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
+        | {"export", "export_formats"}
         | {"suites", "suite_networks", "jsonl"}
         | {"zoo", "zoo_check", "zoo_claims", "zoo_files", "zoo_format"}
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
         {"subject", "convert_cli", "zoo_cli"}
         | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote"}
-        | {"bench_metanetwork", "bench_metastep", "bench_workers"}
+        | {"bench_metanetwork", "bench_metastep", "bench_workers", "bench_latency"}
+        | {"export_cli", "run_networks"}
         | {
             "pipeline",
             "baselines",
@@ -94,7 +97,7 @@ LAYERS = (
             "report",
             "plots",
             "recipe",
-            "cli",
+            *("cli", "cli_bench", "cli_options"),
             "api",
             "__init__",
             "__main__",
