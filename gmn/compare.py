@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -16,11 +17,16 @@ from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
 from gmn.costs import Cost, cost, latency
 from gmn.curve import POINTS, curve_of
+from gmn.gradients import loss_gradients
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
 from gmn.spread import spread
 from gmn.training import evaluate
+from gmn.weight_statistics import statistics_of
+
+STATISTICS = "statistics.json"
+"""In a run folder: the weights of every layer before and after the metanetwork."""
 
 
 def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | None = None) -> dict[str, Any]:
@@ -54,6 +60,7 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
         "select": list(job.run.events("select")),
         "meta_train": list(job.run.events("meta-train")),
     }
+    save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
     save_json(job.run.folder / "report.json", report)
     return report
 
@@ -105,6 +112,15 @@ def _curve(
             model = job.rewrite(start, metanetwork, layout)
             curve[name] = curve_of(job, model, cost(base, job.example), advance)
     return curve
+
+
+def _statistics(job: MetaJob, start: nn.Module, metanetwork: MetaNetwork, layout: Layout) -> dict[str, Any]:
+    """The weights of every layer before and after the metanetwork."""
+    found: dict[str, Any] = {}
+    for side, model in {"before": start, "after": job.rewrite(start, metanetwork, layout)}.items():
+        gradients = loss_gradients(model, job.data.train)
+        found[side] = [asdict(layer) for layer in statistics_of(job.graph(model).spec, model.state_dict(), gradients)]
+    return found
 
 
 def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:

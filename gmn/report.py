@@ -28,18 +28,20 @@ def table(report: dict[str, Any]) -> Table:
     result.add_column("network")
     for name in ("test %", "val. %", "FLOPs", "speed-up", "params", "ms"):
         result.add_column(name, justify="right", no_wrap=True)
+    for row in cells(report):
+        result.add_row(*row)
+    return result
+
+
+def cells(report: dict[str, Any]) -> list[list[str]]:
+    """Of every row: name, test and validation accuracy in per cent, FLOPs, speed-up, parameters, latency in ms."""
+    found: list[list[str]] = []
     for entry in summarise(report):
         spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
-        result.add_row(
-            TITLES[entry["row"]],
-            f"{100 * entry['test_accuracy']:.2f}{spread}",
-            f"{100 * entry['validation_accuracy']:.2f}",
-            human(entry["flops"]),
-            f"{entry['speed_up']:.2f}x",
-            human(entry["parameters"]),
-            f"{entry['latency']:.2f}",
-        )
-    return result
+        accuracies = f"{100 * entry['test_accuracy']:.2f}{spread}", f"{100 * entry['validation_accuracy']:.2f}"
+        cost = human(entry["flops"]), f"{entry['speed_up']:.2f}x", human(entry["parameters"])
+        found.append([TITLES[entry["row"]], *accuracies, *cost, f"{entry['latency']:.2f}"])
+    return found
 
 
 MEANINGS = {
@@ -84,14 +86,12 @@ def human(value: float) -> str:
 
 
 def show(report: dict[str, Any], folder: Path, console: Console | None = None) -> None:
-    """Print the table and draw the plots, of a run of either method."""
-    from gmn import vote_report
-    from gmn.plots import draw  # matplotlib takes a second to import
+    """Print the table and write the page with its pictures, of a run of either method."""
+    from gmn import report_page, vote_report  # matplotlib takes a second to import
 
     if report.get("method") == "vote":
         vote_report.show(report, folder, console)
         return
     console = console or Console()
     console.print(table(report))
-    paths = draw(report, folder / "plots")
-    console.print("plots: " + ", ".join(str(path) for path in paths), soft_wrap=True, highlight=False)
+    console.print(f"page: {report_page.write(report, folder)}", soft_wrap=True, highlight=False)

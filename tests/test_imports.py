@@ -46,7 +46,7 @@ LAYERS = (
         ),
         *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_tape"),
     },
-    {"criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
+    {"weight_statistics", "criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
     | {"similarity", "measures", "overlap", "wordnet"},
     *(
         {
@@ -83,7 +83,7 @@ LAYERS = (
             "budget",
             "initial",
             "compare",
-            *("curve", "curve_cli", "checkpoint_search"),
+            *("curve", "curve_cli", "checkpoint_search", "report_page", "statistics_plots"),
             "job",
             "meta_job",
             "vote_job",

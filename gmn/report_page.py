@@ -1,0 +1,74 @@
+"""The page of a run with a metanetwork: tables, pictures and what made them, in one HTML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gmn.checkpoint import load_json
+from gmn.compare import STATISTICS
+from gmn.page import Picture, Section, Table, write_page
+from gmn.plots import draw
+from gmn.report import caption, cells
+from gmn.statistics_plots import by_layer, distributions
+
+COLUMNS = ("network", "test %", "validation %", "FLOPs", "speed-up", "parameters", "latency, ms")
+CURVE = "Pruned step by step and read on validation images, without fine-tuning: the flatter, the easier to prune."
+MEASURED = (
+    "Every layer's weights before and after the metanetwork, not fine-tuned. Sensitivity is |w dL/dw|, what the "
+    "loss gains, to first order, when the weight becomes zero; correlation is that of the rows of two output channels; "
+    "the effective rank is the exponential of the entropy of the singular values."
+)
+
+
+def write(report: dict[str, Any], folder: Path) -> Path:
+    """Write report.html of a finished run, and the pictures in it."""
+    pictures = {path.stem: path for path in draw(report, folder / "plots")}
+    sections = [
+        Section(
+            "Networks",
+            caption(report),
+            [Table(COLUMNS, cells(report), "One line per way to prune.")],
+            [Picture(pictures["accuracy"], "Accuracy and FLOPs")],
+        ),
+        Section("How easy to prune", CURVE, pictures=_curves(folder, pictures["curve"])),
+        *_learning(report, pictures),
+        *_statistics(report, folder),
+        Section("How it was made", "The recipe, every default spelled out:", code=_text(folder / "recipe.yaml")),
+        Section("Versions and machine", code=json.dumps(load_json(folder / "environment.json"), indent=2)),
+    ]
+    return write_page(folder / "report.html", f"{report['recipe']}: pruned to {report['speed_up']:g}x", sections)
+
+
+def _curves(folder: Path, own: Path) -> list[Picture]:
+    pictures = [Picture(own, "Accuracy against speed-up, with the chosen metanetwork and without")]
+    more = folder / "curves" / "curve.png"
+    return [*pictures, Picture(more, "The checkpoints of gmn curve")] if more.is_file() else pictures
+
+
+def _learning(report: dict[str, Any], pictures: dict[str, Path]) -> list[Section]:
+    if not report["meta_train"]:
+        return []  # the metanetwork came from another run
+    looks = sorted(report["select"], key=lambda look: look["epoch"])
+    rows = [[str(look["epoch"]), f"{100 * look['validation_accuracy']:.2f}"] for look in looks]
+    table = Table(("checkpoint", "validation %"), rows, "Pruned, before the last fine-tuning; 0 is no metanetwork.")
+    picture = Picture(pictures["meta-training"], "Losses and gradients by epoch")
+    return [Section("Meta-training", tables=[table], pictures=[picture])]
+
+
+def _statistics(report: dict[str, Any], folder: Path) -> list[Section]:
+    if not (folder / STATISTICS).is_file():
+        return []  # a run of an older gmn
+    statistics = load_json(folder / STATISTICS)
+    drawn = [
+        Picture(by_layer(statistics, report["recipe"], folder / "plots" / "statistics.png"), "Five measures by layer"),
+        Picture(
+            distributions(statistics, report["recipe"], folder / "plots" / "channels.png"), "Channels of a few layers"
+        ),
+    ]
+    return [Section("What the metanetwork did to the weights", MEASURED, pictures=drawn)]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
