@@ -8,11 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Advance = Callable[[str], None]
+
+class Advance(Protocol):
+    """Says that a step of a task is done, or several."""
+
+    def __call__(self, text: str = "", steps: int = 1) -> None:
+        """Show a short note."""
+        ...
+
 
 WORTH_A_LINE = 1.0  # seconds; shorter tasks say nothing when the output is no terminal
 LINE_EVERY = 60.0  # seconds between the lines of a longer task
@@ -35,10 +43,10 @@ def track(title: str, total: int) -> Iterator[Advance]:
     try:
         with _bar(title, total) if console.is_terminal else _lines(title, total) as show:
 
-            def advance(text: str = "") -> None:
+            def advance(text: str = "", steps: int = 1) -> None:
                 nonlocal note
                 note = text or note
-                show(note)
+                show(note, steps)
 
             yield advance
     finally:
@@ -49,7 +57,7 @@ def track(title: str, total: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _bar(title: str, total: int) -> Iterator[Advance]:
+def _bar(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
     outermost = not _active
     if outermost:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -58,7 +66,7 @@ def _bar(title: str, total: int) -> Iterator[Advance]:
     bar = _active[0]
     task = bar.add_task(title, total=total, note="")
     try:
-        yield lambda note: bar.update(task, advance=1, note=note)
+        yield lambda note, steps: bar.update(task, advance=steps, note=note)
     finally:
         bar.remove_task(task)
         if outermost:
@@ -66,13 +74,13 @@ def _bar(title: str, total: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _lines(title: str, total: int) -> Iterator[Advance]:
+def _lines(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
     start = last = time.perf_counter()
     done = 0
 
-    def advance(note: str) -> None:
+    def advance(note: str, steps: int) -> None:
         nonlocal done, last
-        done, now = done + 1, time.perf_counter()
+        done, now = done + steps, time.perf_counter()
         if now - last > LINE_EVERY and len(_titles) == 1:
             last, left = now, (now - start) / done * (total - done)
             say(f"{title}: {done}/{total}, {left:.0f} s left, {note}")

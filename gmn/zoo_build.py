@@ -52,8 +52,8 @@ def build_zoo(backbone: Backbone, data: Data, zoo: Zoo, prune: Pruner, *, worker
         for task in _claimed(zoo, worker):
             try:
                 task = add_pruned(backbone, data, zoo, task, prune)
-                done += 1
-                advance(f"{task.name}: {task.metrics['accuracy']:.1%}")
+                done, before, waiting = done + 1, waiting, zoo.counts()["planned"]
+                advance(f"{task.name}: {task.metrics['accuracy']:.1%}", before - waiting)  # others work on it too
             except GmnError as error:
                 zoo.fail(task, error)
                 say(f"{task.name} failed: {error}")

@@ -61,3 +61,12 @@ def test_short_tasks_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress.track("task", 1) as advance:
         advance("")
     assert stream.getvalue() == ""
+
+
+def test_several_steps_at_once(output: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other processes did of a shared task counts, and so in the time that is left."""
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    with progress.track("shared", 4) as advance:
+        advance("mine", 3)
+    if not progress.console.is_terminal:
+        assert output.getvalue().startswith("shared: 3/4, ")
