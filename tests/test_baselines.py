@@ -209,9 +209,9 @@ def test_the_unpruned_network_teaches(monkeypatch: pytest.MonkeyPatch, tmp_path:
         teachers.append((title, None if teacher is None else gmn.cost(teacher, job.example)))
 
     monkeypatch.setattr(job, "fit", fit)
-    judge = job.subject(job.data_model(1))
-    assert gmn.cost(judge.model, job.example).flops < own.before.flops
-    job.judge(0, [judge])
+    assert list(job.judges) == [1]
+    assert gmn.cost(job.data_model(1), job.example).flops < own.before.flops
+    job.score(0)
     baselines.metanetwork(own)
     assert teachers[0] == ("training network 1", None)
     assert len(teachers) == 5

@@ -129,6 +129,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ):
         assert latency(monkeypatch, arguments) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setenv("COLUMNS", "200")  # names in one line
     assert latency(monkeypatch, "run cifar.resnet8 --input 3,16,16 --rounds 2 --batch 1") == 0
     assert "run: direct" in capsys.readouterr().out
 
