@@ -180,6 +180,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
 
+def test_saved_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    checkpoint.save_json(tmp_path / "about.json", {})
+    checkpoint.save_tensors(tmp_path / "weights.safetensors", {"w": torch.zeros(2)}, {})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize("name", ["cifar.resnet8", "cifar.vgg11_bn", "torchvision.mobilenet_v2"])
 def test_a_pruned_network_is_saved_and_rebuilt(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
