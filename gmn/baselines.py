@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -53,7 +54,7 @@ class Trial:
     seed: int
     stages: dict[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def before(self) -> Cost:
         """What the speed-up counts from."""
         return cost(self.base, self.job.example)

@@ -6,8 +6,8 @@ above a threshold. Each probe rewrites the networks that judge, fine-tunes them 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any
 
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
@@ -36,31 +36,30 @@ def search(job: MetaJob, min_accuracy: float, *, finetune_images: int) -> tuple[
     if not epochs:
         raise GmnError("the run has no checkpoints", where=str(job.run.folder), hint="go on with it: gmn ... --resume")
     probes: list[Probe] = []
-    low, high = 0, len(epochs)  # epochs[:low] are accurate enough, epochs[high:] are not
     with track("choosing the checkpoint", len(epochs).bit_length()) as advance:
-        while low < high:
-            middle = (low + high) // 2
-            probes.append(_probe(job, epochs[middle], finetune_images))
-            advance(f"epoch {epochs[middle]}: {probes[-1].accuracy:.2%}")
-            low, high = (middle + 1, high) if probes[-1].accuracy >= min_accuracy else (low, middle)
-    if not low:
+
+        def too_inaccurate(epoch: int) -> bool:
+            probes.append(_probe(job, epoch, finetune_images))
+            advance(f"epoch {epoch}: {probes[-1].accuracy:.2%}")
+            return probes[-1].accuracy < min_accuracy
+
+        enough = bisect_left(epochs, True, key=too_inaccurate)
+    if not enough:
         best = max(probes, key=lambda probe: probe.accuracy)
         got = f"{best.accuracy:.2%} with checkpoint {best.epoch}, the best of {len(probes)} probes"
         hint = "lower --min-accuracy, give --finetune-images, or meta-train with a smaller pruner_reg"
         raise GmnError("no checkpoint is accurate enough", expected=f"{min_accuracy:.2%}", got=got, hint=hint)
-    return epochs[low - 1], probes
+    return epochs[enough - 1], probes
 
 
 def _probe(job: MetaJob, epoch: int, finetune_images: int) -> Probe:
-    what: dict[str, Any] = {"checkpoint": epoch, "finetune_images": finetune_images}
-    for entry in job.run.events("probe"):
-        if all(entry[key] == value for key, value in what.items()):
-            return Probe(epoch, entry["accuracy"], entry["pruned"])
-    found: list[tuple[float, float]] = []
-    for index in job.judges:
-        model = job.rewritten(index, epoch, job.brief(finetune_images))
-        pruned = job.pruned_to_target(model)
-        found.append((evaluate(model, job.data.val).accuracy, evaluate(pruned, job.data.val).accuracy))
-    accuracy, pruned_accuracy = (sum(values) / len(found) for values in zip(*found, strict=True))
-    job.run.log("probe", **what, accuracy=accuracy, pruned=pruned_accuracy)
-    return Probe(epoch, accuracy, pruned_accuracy)
+    def measure() -> dict[str, float]:
+        tuned = [job.rewritten(index, epoch, job.brief(finetune_images)) for index in job.judges]
+        pruned = [job.pruned_to_target(model) for model in tuned]
+        return {
+            key: sum(evaluate(model, job.data.val).accuracy for model in models) / len(models)
+            for key, models in (("accuracy", tuned), ("pruned", pruned))
+        }
+
+    found = job.run.recorded("probe", {"checkpoint": epoch, "finetune_images": finetune_images}, measure)
+    return Probe(epoch, found["accuracy"], found["pruned"])

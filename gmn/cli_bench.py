@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gmn.cli_options import BuilderOption, ClassesOption, InputOption
+from gmn.cli_options import BuilderOption, ClassesOption, InputOption, numbers, words
 
 bench_app = typer.Typer(no_args_is_help=True, help="Try gmn on many networks.")
 BENCH = "Example:  gmn bench convert --suite timm --only swin   (results are kept: call it again to go on)"
@@ -66,7 +66,6 @@ def bench_latency(
     """Time networks side by side: speed-up in FLOPs against speed-up in time on this device."""
     from gmn import bench_latency as bench
     from gmn import subject
-    from gmn.study_cli import numbers
 
     choices = subject.Choices(size, classes, None, options or ())
     counts = numbers("--batch", batch), numbers("--threads", threads)
@@ -92,9 +91,8 @@ def bench_metanetwork(
 ) -> None:
     """Time a pass through a metanetwork and its peak memory, the backends taking turns."""
     from gmn import bench_metanetwork as bench
-    from gmn.study_cli import numbers
 
-    cases = bench.Cases(_words(graphs), _words(backends), numbers("--threads", threads), _words(passes))
+    cases = bench.Cases(words(graphs), words(backends), numbers("--threads", threads), words(passes))
     bench.show(bench.bench(cases, rounds=rounds, chunk_mb=chunk_mb), output)
 
 
@@ -113,12 +111,7 @@ def bench_metastep(
 ) -> None:
     """Time one step of meta-training by its parts, and its peak memory, the ways taking turns."""
     from gmn import bench_metastep as bench
-    from gmn.study_cli import numbers
 
-    chosen = None if ways is None else _words(ways)
+    chosen = None if ways is None else words(ways)
     options = {"images": images, "batch_size": batch_size, "rounds": rounds}
     bench.show(bench.bench(network, chosen, numbers("--threads", threads), **options), output)
-
-
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]

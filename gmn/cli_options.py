@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and lists given as text with commas."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from gmn.errors import GmnError
 
 ModelArgument = Annotated[
     str,
@@ -22,3 +24,20 @@ WeightsOption = Annotated[Path | None, typer.Option("--weights", help="A state d
 NetworkOption = Annotated[
     str | None, typer.Option("--network", help="For a graph file: the network, or the function it may call.")
 ]
+
+
+def numbers(option: str, text: str | None, *, least: int = 1) -> list[int]:
+    """Whole numbers, `least` or above, out of a text with commas, in order; none of None.
+
+    >>> numbers("--checkpoints", "5, 0", least=0)
+    [0, 5]
+    """
+    parts = [part for part in words(text or "") if part]
+    if (text is not None and not parts) or any(not part.isdecimal() or int(part) < least for part in parts):
+        raise GmnError("not a list of numbers", expected="such as 1,3,10", got=repr(text), where=option)
+    return sorted({int(part) for part in parts})
+
+
+def words(text: str) -> list[str]:
+    """The parts of a text with commas."""
+    return [part.strip() for part in text.split(",")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,11 +47,9 @@ def curve_of(
     coupled = settled(model, graph.spec, job.example)
     masks, own = job.masks(model, graph.spec, coupled), job.recipe
     found: list[Point] = []
-    for number in [None, *torch.linspace(0, len(masks) - 1, points).round().int().tolist()]:
-        if number is None:
-            smaller = clone(model)
-        else:
-            smaller = remove(model, graph.spec, masks[number], job.example, coupled=coupled)
+    chosen = torch.linspace(0, len(masks) - 1, points).round().int().tolist()
+    cuts = (remove(model, graph.spec, masks[number], job.example, coupled=coupled) for number in chosen)
+    for smaller in itertools.chain([clone(model)], cuts):
         recalibrate(smaller, job.data.train, own.prune.recalibrate, seed=own.seed)
         accuracy = evaluate(smaller, job.data.val, limit=images).accuracy
         found.append((before.flops / cost(smaller, job.example).flops, accuracy))
@@ -75,27 +73,25 @@ def turning_point(points: Sequence[Point], threshold: float) -> float | None:
     return None
 
 
-def study(job: MetaJob, choices: Choices) -> Path:
-    """Curves of a run's checkpoints on the network that judges them, as `curves/curve.json` and a picture.
+def study(job: MetaJob, choices: Choices) -> dict[str, Any]:
+    """Curves of a run's checkpoints on the network that judges them, also as `curves/curve.json`.
 
     Checkpoint 0 is no metanetwork. The threshold is the accuracy of that network less `drop`.
 
     Raises:
         GmnError: if a checkpoint is not there.
     """
-    from gmn.plots import curves as draw  # matplotlib takes a second to import
-
     known = [0, *job.checkpoints()]
     for epoch in choices.checkpoints:
         if epoch not in known:
             got, expected = str(epoch), f"one of {', '.join(map(str, known))}"
             raise GmnError("no such checkpoint", expected=expected, got=got, where=str(job.run.folder))
-    judge = job.data_model(job.judges[0])
+    index, judge = next(iter(job.judges.items()))
     threshold = evaluate(judge, job.data.val, limit=choices.images).accuracy - choices.drop
     found: dict[int, list[Point]] = {}
     with track("accuracy against speed-up", len(choices.checkpoints) * (choices.points + 1)) as advance:
         for epoch in choices.checkpoints:
-            model = job.rewritten(job.judges[0], epoch, job.brief(choices.finetune_images))
+            model = job.rewritten(index, epoch, job.brief(choices.finetune_images))
             size = {"points": choices.points, "images": choices.images}
             found[epoch] = curve_of(job, model, cost(judge, job.example), advance, **size)
     turns = {epoch: turning_point(points, threshold) for epoch, points in found.items()}
@@ -106,4 +102,4 @@ def study(job: MetaJob, choices: Choices) -> Path:
         "curves": [{"checkpoint": e, "turning_point": turns[e], "points": points} for e, points in found.items()],
     }
     save_json(job.run.folder / "curves" / "curve.json", content)
-    return draw(content, job.recipe.name, job.run.folder / "curves" / "curve.png")
+    return content

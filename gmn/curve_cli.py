@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gmn import checkpoint_search
+from gmn import checkpoint_search, plots
 from gmn import curve as curves
-from gmn.checkpoint import load_json, load_metanetwork, save_metanetwork
+from gmn.checkpoint import load_metanetwork, save_metanetwork
+from gmn.cli_options import numbers
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.pipeline import reopened_metanetwork
-from gmn.study_cli import numbers
 
 
 def curve(run: Path, *, checkpoints: str | None, points: int, images: int, drop: float, finetune_images: int) -> None:
     """Draw accuracy against speed-up for some checkpoints; default: none, the chosen one and the last."""
     job = reopened_metanetwork(run)
-    chosen = _checkpoints(checkpoints) if checkpoints is not None else _usual(job)
-    picture = curves.study(job, curves.Choices(chosen, points, images, drop, finetune_images))
-    _show_curves(run)
-    print(f"picture: {picture}")
+    chosen = _usual(job) if checkpoints is None else numbers("--checkpoints", checkpoints, least=0)
+    content = curves.study(job, curves.Choices(chosen, points, images, drop, finetune_images))
+    _show(content)
+    print(f"picture: {plots.curves(content, job.recipe.name, run / 'curves' / 'curve.png')}")
 
 
 def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -> None:
@@ -55,14 +56,7 @@ def _usual(job: MetaJob) -> list[int]:
     return sorted({0, *best, *known[-1:]})
 
 
-def _checkpoints(text: str) -> list[int]:
-    """0 is one too, which `numbers` refuses."""
-    parts = [part.strip() for part in text.split(",")]
-    return sorted({*numbers("--checkpoints", ",".join(p for p in parts if p != "0") or None), *([0] * ("0" in parts))})
-
-
-def _show_curves(run: Path) -> None:
-    content = load_json(run / "curves" / "curve.json")
+def _show(content: dict[str, Any]) -> None:
     title = f"speed-up at which accuracy falls under {100 * content['threshold']:.1f} % (validation, not fine-tuned)"
     table = Table(title=title)
     for name in ("checkpoint", "turning point", "most", "accuracy there %"):

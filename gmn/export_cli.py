@@ -9,7 +9,8 @@ from rich.table import Table
 from gmn.convert_cli import wide_console
 from gmn.errors import GmnError
 from gmn.export import Batch, Exported, export_model
-from gmn.run_networks import best, is_run
+from gmn.run import is_run
+from gmn.run_networks import best
 from gmn.subject import Choices, named
 
 

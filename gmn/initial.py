@@ -7,6 +7,7 @@ recalibrated batch norms, a tenth of the initial fine-tuning if there is one, an
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from gmn.settings import Fit
@@ -37,14 +38,8 @@ def largest(grid: Sequence[float], accepts: Callable[[float], bool]) -> float:
     >>> largest([1.1, 1.2, 1.3, 1.4], lambda speed_up: speed_up < 1.35)
     1.3
     """
-    low, high, best = 0, len(grid), 1.0
-    while low < high:
-        middle = (low + high) // 2
-        if accepts(grid[middle]):
-            best, low = grid[middle], middle + 1
-        else:
-            high = middle
-    return best
+    count = bisect_left(grid, True, key=lambda speed_up: not accepts(speed_up))
+    return grid[count - 1] if count else 1.0
 
 
 def brief(settings: Fit) -> Fit:

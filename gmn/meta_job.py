@@ -138,15 +138,12 @@ class MetaJob(Job):
             return self.keep(f"data-models/{index}-unpruned", lambda: self.trained(index))
         return self.trained(index)
 
-    def learners(self) -> list[nn.Module]:
-        """The networks that the metanetwork learns on."""
-        return [self.data_model(index) for index in range(self.recipe.data_models.train)]
-
-    @property
-    def judges(self) -> range:
-        """Numbers of the data models that choose a checkpoint: held out, if the recipe has such."""
+    @cached_property
+    def judges(self) -> dict[int, nn.Module]:
+        """The data models that choose a checkpoint, by number: held out, if the recipe has such."""
         learners, held_out = self.recipe.data_models.train, self.recipe.data_models.val
-        return range(learners, learners + held_out) if held_out else range(learners)
+        numbers = range(learners, learners + held_out) if held_out else range(learners)
+        return {index: self.data_model(index) for index in numbers}
 
     def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None, chance: int | None = None) -> Pruned:
         settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
@@ -213,7 +210,7 @@ class MetaJob(Job):
         settings, done = self.recipe.meta_train, max(self.checkpoints(), default=0)
         if done == settings.epochs or self._no_better(done):
             return
-        subjects = [self.subject(model) for model in self.learners()]
+        subjects = [self.subject(self.data_model(index)) for index in range(self.recipe.data_models.train)]
         metanetwork = self.new_metanetwork(subjects).train()
         optimizer = make_optimizer(metanetwork, settings)
         if done:
@@ -289,18 +286,18 @@ class MetaJob(Job):
 
         It is logged, and looked up when it is asked for again.
         """
-        known = {entry["epoch"]: entry["validation_accuracy"] for entry in self.run.events("select")}
-        if epoch not in known:
+
+        def look() -> dict[str, float]:
             models = [self.rewritten(index, epoch, self.recipe.finetune.after_meta) for index in self.judges]
             accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
-            known[epoch] = sum(accuracies) / len(accuracies)
-            self.run.log("select", epoch=epoch, validation_accuracy=known[epoch])
-        return known[epoch]
+            return {"validation_accuracy": sum(accuracies) / len(accuracies)}
+
+        return self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]
 
     def rewritten(self, index: int, epoch: int, tuning: Fit | None) -> nn.Module:
-        """A data model as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""
+        """A judge as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""
         metanetwork = load_metanetwork(self.checkpoint(epoch))[0].to(self.device) if epoch else None
-        model = self.rewrite(self.data_model(index), metanetwork, self.layout)
+        model = self.rewrite(self.judges[index], metanetwork, self.layout)
         if tuning:
             teacher = self.unpruned(index) if tuning.distill else None
             self.fit(model, tuning, 400, f"fine-tuning after checkpoint {epoch}", teacher=teacher)

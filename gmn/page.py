@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import struct
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from gmn.checkpoint import save_text
+from gmn.checkpoint import load_json, save_text
 from gmn.errors import GmnError
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -76,6 +77,15 @@ class _Png:
     base64: str
     width: int
     height: int
+
+
+def origin(folder: Path) -> list[Section]:
+    """What made a run: its recipe, versions and machine."""
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    return [
+        Section("How it was made", "The recipe, every default spelled out:", code=recipe),
+        Section("Versions and machine", code=json.dumps(load_json(folder / "environment.json"), indent=2)),
+    ]
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:

@@ -67,13 +67,11 @@ def prune_to(
         PruningError: if nothing can be pruned or the target is out of reach; the message says which limit stops it.
             Also for a pattern that matches no layer, and a criterion that cannot be computed.
     """
-    before = before or cost(model, example_inputs)
-    if before.flops / cost(model, example_inputs).flops >= config.speed_up:
-        raise PruningError(
-            "the network is at the target already",
-            expected=f"a target above {before.flops / cost(model, example_inputs).flops:.2f}x",
-            got=f"{config.speed_up:g}x",
-        )
+    whole = cost(model, example_inputs)
+    before = before or whole
+    if (so_far := before.flops / whole.flops) >= config.speed_up:
+        expected = f"a target above {so_far:.2f}x"
+        raise PruningError("the network is at the target already", expected=expected, got=f"{config.speed_up:g}x")
     coupled = settled(model, graph.spec, example_inputs)
     masks = masks_of(model, graph.spec, coupled, example_inputs, config, criterion, prior=prior, gradients=gradients)
     cut = lambda mask: remove(model, graph.spec, mask, example_inputs, coupled=coupled)  # noqa: E731
@@ -88,9 +86,9 @@ def prune_to(
         else:
             low = middle + 1
     if best is None:
-        whole = Importance(graph.spec, kept_whole(graph.spec, coupled, config), criterion).coupled
-        smallest = cost(cut(masks[-1]), example_inputs) if masks else cost(model, example_inputs)
-        raise _out_of_reach(whole, config, before, smallest)
+        judged = Importance(graph.spec, kept_whole(graph.spec, coupled, config), criterion).coupled
+        smallest = cost(cut(masks[-1]), example_inputs) if masks else whole
+        raise _out_of_reach(judged, config, before, smallest)
     return best
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gmn.checkpoint import load_json
 from gmn.compare import STATISTICS
-from gmn.page import Picture, Section, Table, write_page
+from gmn.page import Picture, Section, Table, origin, write_page
 from gmn.plots import draw
 from gmn.report import caption, cells
 from gmn.statistics_plots import by_layer, distributions
@@ -35,8 +34,7 @@ def write(report: dict[str, Any], folder: Path) -> Path:
         Section("How easy to prune", CURVE, pictures=_curves(folder, pictures["curve"])),
         *_learning(report, pictures),
         *_statistics(report, folder),
-        Section("How it was made", "The recipe, every default spelled out:", code=_text(folder / "recipe.yaml")),
-        Section("Versions and machine", code=json.dumps(load_json(folder / "environment.json"), indent=2)),
+        *origin(folder),
     ]
     return write_page(folder / "report.html", f"{report['recipe']}: pruned to {report['speed_up']:g}x", sections)
 
@@ -68,7 +66,3 @@ def _statistics(report: dict[str, Any], folder: Path) -> list[Section]:
         ),
     ]
     return [Section("What the metanetwork did to the weights", MEASURED, pictures=drawn)]
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")

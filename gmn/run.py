@@ -63,7 +63,7 @@ class Run:
         """Make the folder, once the recipe has proved to work."""
         if self.replaces:
             shutil.rmtree(self.folder)
-        if not (self.folder / "recipe.yaml").is_file():
+        if not is_run(self.folder):
             save_text(self.folder / "recipe.yaml", self.recipe)  # first: it marks the folder as a run's
             save_json(self.folder / "environment.json", environment())
 
@@ -84,6 +84,14 @@ class Run:
         """A function that logs metrics under an event and fixed labels."""
         return lambda metrics: self.log(event, **labels, **metrics)
 
+    def recorded(self, event: str, labels: dict[str, Any], make: Callable[[], dict[str, float]]) -> dict[str, Any]:
+        """What was measured under an event and its labels; made and logged if nothing was."""
+        for entry in self.events(event):
+            if all(entry.get(key) == value for key, value in labels.items()):
+                return entry
+        self.log(event, **labels, **(made := make()))
+        return made
+
     def events(self, event: str) -> Iterator[dict[str, Any]]:
         """The lines of one event; after a resume, the later line of the same epoch stands."""
         latest: dict[Any, dict[str, Any]] = {}
@@ -93,11 +101,16 @@ class Run:
         yield from latest.values()
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run folder."""
+    return (folder / "recipe.yaml").is_file()
+
+
 def open_run(folder: str | Path) -> Path:
     """The folder, if it is a run folder; CheckpointError otherwise."""
     folder = Path(folder)
-    if not (folder / "recipe.yaml").is_file():
-        hint = f"did you mean {Path('runs') / folder}?" if (Path("runs") / folder / "recipe.yaml").is_file() else None
+    if not is_run(folder):
+        hint = f"did you mean {Path('runs') / folder}?" if is_run(Path("runs") / folder) else None
         raise CheckpointError("not a run folder", expected="a folder with recipe.yaml", got=str(folder), hint=hint)
     return folder
 

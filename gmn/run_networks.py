@@ -13,13 +13,8 @@ from gmn.checkpoint import load_json
 from gmn.errors import CheckpointError, GmnError
 from gmn.names import refuse_unknown
 from gmn.pipeline import VOTERS
-from gmn.run import load_report
+from gmn.run import is_run, load_report
 from gmn.subject import Choices, Named, named
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder."""
-    return (folder / "recipe.yaml").is_file()
 
 
 def finished(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gmn import vote_page
-from gmn.errors import GmnError
+from gmn.cli_options import numbers
 from gmn.names import refuse_unknown
 from gmn.pipeline import reopened
 from gmn.run import load_report, open_run
@@ -40,11 +40,3 @@ def study(
     )
     picture = make(job, name, chosen)
     print(f"picture: {picture}\npage: {vote_page.write(run)}")
-
-
-def numbers(option: str, text: str | None) -> list[int]:
-    """Whole numbers above 0 out of a text with commas, in order; none of None."""
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if (text is not None and not parts) or any(not part.isdecimal() or int(part) < 1 for part in parts):
-        raise GmnError("not a list of numbers", expected="such as 1,3,10", got=repr(text), where=option)
-    return sorted({int(part) for part in parts})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gmn.checkpoint import load_json
-from gmn.page import Picture, Section, Table, write_page
+from gmn.page import Picture, Section, Table, origin, write_page
 from gmn.run import load_report, open_run
 from gmn.vote_report import COLUMNS, accuracies, caption, cells
 
@@ -32,11 +31,8 @@ def write(folder: Path) -> Path:
         pictures=[Picture(accuracies(report, folder / "plots" / "methods.png"), "Accuracy and cost of every method")],
     )
     studies = [_study(path) for path in sorted((folder / "studies").glob("*.json"))]
-    made = Section("How it was made", "The recipe, every default spelled out:", code=_text(folder / "recipe.yaml"))
-    machine = Section("Versions and machine", code=json.dumps(load_json(folder / "environment.json"), indent=2))
-    return write_page(
-        folder / "report.html", f"{report['recipe']}: meta-vote pruning", [methods, *studies, made, machine]
-    )
+    sections = [methods, *studies, *origin(folder)]
+    return write_page(folder / "report.html", f"{report['recipe']}: meta-vote pruning", sections)
 
 
 def _study(path: Path) -> Section:
@@ -44,7 +40,3 @@ def _study(path: Path) -> Section:
     name = path.stem
     pictures = [Picture(file, content["title"]) for file in sorted(path.parent.glob(f"{name}*.png"))]
     return Section(content["title"], MEANINGS.get(name, ""), pictures=pictures)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
