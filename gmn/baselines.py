@@ -14,18 +14,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from torch import nn
 
 from gmn.budget import merged
 from gmn.builder import Layout
+from gmn.checkpoint import load_json, load_model, save_model
 from gmn.costs import Cost, cost
-from gmn.library_pruner import Pruner, prune_with
+from gmn.library_pruner import prune_with
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.settings import Fit
+from gmn.stages import stage
 from gmn.trace import clone
 from gmn.training import evaluate, recalibrate
 
@@ -34,7 +38,7 @@ Regularize = Callable[[], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """One row with one fine-tuning seed.
+    """One row with one fine-tuning seed, pruned to one speed-up.
 
     Attributes:
         job: The recipe at work.
@@ -43,6 +47,7 @@ class Trial:
         metanetwork, layout: What was learnt.
         row, seed: Which row, and its number.
         stages: Validation accuracies on the way, which the row fills in.
+        speed_up: The target; None: the recipe's `prune.speed_up`.
     """
 
     job: MetaJob
@@ -53,6 +58,35 @@ class Trial:
     row: str
     seed: int
     stages: dict[str, float] = field(default_factory=dict)
+    speed_up: float | None = None
+
+    @property
+    def target(self) -> float:
+        """The speed-up to prune to."""
+        return self.speed_up or self.job.recipe.prune.speed_up
+
+    @property
+    def folder(self) -> Path:
+        """Where its network is kept; those of further speed-ups have a folder each."""
+        further = self.target != self.job.recipe.prune.speed_up
+        return self._models / f"{self.target:g}x" / self._name if further else self._models / self._name
+
+    @property
+    def first(self) -> Path:
+        """Where the network before pruning is kept if there are several speed-ups, which share it."""
+        return self._models / "first" / self._name
+
+    @property
+    def _models(self) -> Path:
+        return self.job.run.folder / "models"
+
+    @property
+    def _name(self) -> str:
+        return f"{self.row}-seed{self.seed}"
+
+    @property
+    def _several(self) -> bool:
+        return len(self.job.recipe.speed_ups) > 1
 
     @cached_property
     def before(self) -> Cost:
@@ -66,32 +100,55 @@ class Trial:
 
     def begin(self, metanetwork: MetaNetwork | None = None) -> nn.Module:
         """The network that the first fine-tuning starts from."""
-        return self._noted("rewritten", self.job.rewrite(self.start, metanetwork, self.layout))
+        with self._stage("rewriting"):
+            model = self.job.rewrite(self.start, metanetwork, self.layout)
+        return self._noted("rewritten", model)
 
-    def tune(self, model: nn.Module, regularize: Regularize | None = None) -> None:
-        """The first fine-tuning, if the recipe has one."""
+    def tune(self, model: nn.Module, regularize: Regularize | None = None) -> nn.Module:
+        """The first fine-tuning, in place, if the recipe has one."""
         if settings := self.job.recipe.finetune.after_meta:
             title = f"{self.row} seed {self.seed}: fine-tuning"
-            self.job.fit(model, settings, 500 + self.seed, title, teacher=self.base, regularize=regularize)
+            with self._stage("first fine-tuning"):
+                self.job.fit(model, settings, 500 + self.seed, title, teacher=self.base, regularize=regularize)
             self._noted("fine-tuned", model)
+        return model
+
+    def once(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """The network before pruning; with several speed-ups it is made for the first of them, and kept."""
+        if not self._several:
+            return make()
+        if not (self.first / "model.json").is_file():
+            model = make().eval()
+            save_model(self.first, model, self.job.source, stages=self.stages, input_shape=self.job.data.input_shape)
+        self.stages.update(load_json(self.first / "model.json")["stages"])
+        return load_model(self.first).to(self.job.device)
 
     def prune(self, model: nn.Module, *, chance: int | None = None) -> nn.Module:
         """The smaller network, with our scores, or by a random ranking of that seed."""
-        return self.job.prune(model, self.job.recipe.prune.speed_up, self.before, chance=chance).model
+        with self._stage("pruning", speed_up=self.target):
+            return self.job.prune(model, self.target, self.before, chance=chance).model
 
-    def prune_with(self, pruner: Pruner) -> nn.Module:
-        """The smaller network, with torch-pruning's scores."""
+    def prune_with_library(self, model: nn.Module, *, sparse: bool = False) -> nn.Module:
+        """The network, pruned in place with torch-pruning's scores."""
         recipe = self.job.recipe
-        model = prune_with(pruner, self.job.example, recipe.prune.speed_up, self.before)
-        recalibrate(model, self.job.data.train, recipe.prune.recalibrate, seed=recipe.seed)
+        with self._stage("pruning", speed_up=self.target):
+            pruner = self.job.library_pruner(model, sparse=sparse)
+            model = prune_with(pruner, self.job.example, self.target, self.before)
+            recalibrate(model, self.job.data.train, recipe.prune.recalibrate, seed=recipe.seed)
         return model
 
     def end(self, model: nn.Module, settings: Fit | None = None) -> nn.Module:
         """The last fine-tuning, of a pruned network; default: the recipe's."""
-        title = f"{self.row} seed {self.seed}: fine-tuning after pruning"
-        settings = settings or self.job.recipe.finetune.after_prune
-        self.job.fit(self._noted("pruned", model), settings, 600 + self.seed, title, teacher=self.base)
+        title = (
+            f"{self.row} seed {self.seed}{f', {self.target:g}x' if self._several else ''}: fine-tuning after pruning"
+        )
+        settings, model = settings or self.job.recipe.finetune.after_prune, self._noted("pruned", model)
+        with self._stage("last fine-tuning", speed_up=self.target):
+            self.job.fit(model, settings, 600 + self.seed, title, teacher=self.base)
         return model
+
+    def _stage(self, name: str, **labels: float) -> AbstractContextManager[object]:
+        return stage(self.job.run.log, name, row=self.row, seed=self.seed, **labels)
 
     def _noted(self, stage: str, model: nn.Module) -> nn.Module:
         self.stages[stage] = evaluate(model, self.job.data.val).accuracy
@@ -100,33 +157,40 @@ class Trial:
 
 def metanetwork(trial: Trial) -> nn.Module:
     """The method itself."""
-    return _schedule(trial, trial.begin(trial.metanetwork))
+    return _schedule(trial, trial.metanetwork)
 
 
 def same_schedule(trial: Trial) -> nn.Module:
     """Without the metanetwork."""
-    return _schedule(trial, trial.begin())
+    return _schedule(trial, None)
 
 
 def sparse(trial: Trial) -> nn.Module:
     """The paper's sparse training, with the loss that the metanetwork is trained with."""
-    model, recipe = trial.begin(), trial.job.recipe
-    importance = trial.job.subject(model).importance
 
-    def regularize() -> None:
-        own = model.state_dict(keep_vars=True)
-        loss = importance.sparsity_loss(own, scale_invariant=recipe.meta_train.scale_invariant)
-        (recipe.report.sparse_reg * loss).backward()
+    def train() -> nn.Module:
+        model, recipe = trial.begin(), trial.job.recipe
+        importance = trial.job.subject(model).importance
 
-    return _schedule(trial, model, regularize)
+        def regularize() -> None:
+            own = model.state_dict(keep_vars=True)
+            loss = importance.sparsity_loss(own, scale_invariant=recipe.meta_train.scale_invariant)
+            (recipe.report.sparse_reg * loss).backward()
+
+        return trial.tune(model, regularize)
+
+    return trial.end(trial.prune(trial.once(train)))
 
 
 def torch_pruning_sparse(trial: Trial) -> nn.Module:
     """As `sparse`, with torch-pruning's regularizer, scores and pruner."""
-    model = trial.begin()
-    pruner = trial.job.library_pruner(model, sparse=True)
-    trial.tune(model, lambda: pruner.regularize(model))
-    return trial.end(trial.prune_with(pruner))
+
+    def train() -> nn.Module:
+        model = trial.begin()
+        pruner = trial.job.library_pruner(model, sparse=True)
+        return trial.tune(model, lambda: pruner.regularize(model))
+
+    return trial.end(trial.prune_with_library(trial.once(train), sparse=True))
 
 
 def direct(trial: Trial) -> nn.Module:
@@ -141,12 +205,11 @@ def random(trial: Trial) -> nn.Module:
 
 def torch_pruning(trial: Trial) -> nn.Module:
     """As `direct`, with torch-pruning's scores and pruner."""
-    return trial.end(trial.prune_with(trial.job.library_pruner(clone(trial.base))), trial.whole_budget)
+    return trial.end(trial.prune_with_library(clone(trial.base)), trial.whole_budget)
 
 
-def _schedule(trial: Trial, model: nn.Module, regularize: Regularize | None = None) -> nn.Module:
-    trial.tune(model, regularize)
-    return trial.end(trial.prune(model))
+def _schedule(trial: Trial, metanetwork: MetaNetwork | None) -> nn.Module:
+    return trial.end(trial.prune(trial.once(lambda: trial.tune(trial.begin(metanetwork)))))
 
 
 ROWS: dict[str, Callable[[Trial], nn.Module]] = {

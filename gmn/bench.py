@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gmn.bench_checks import machine_memory
 from gmn.bench_convert import AFTERWARDS
 from gmn.bench_report import section, show, write_section
 from gmn.errors import GmnError
 from gmn.jsonl import append_line, read_lines
+from gmn.memory import machine_memory
 from gmn.progress import say, track
 from gmn.suites import Entry, suite
 

@@ -25,10 +25,8 @@ from gmn.bench_checks import (
     differing,
     edited,
     equal,
-    limit_memory,
     one_line,
     outputs,
-    peak_memory,
     randomise,
     unmoved,
     versions,
@@ -38,6 +36,7 @@ from gmn.convert import to_graph, to_model
 from gmn.graph import NetworkGraph
 from gmn.groups import couplings
 from gmn.inspection import coverage
+from gmn.memory import limit_memory, peak_memory
 from gmn.records import Trace
 from gmn.rules import rule_for
 from gmn.suites import Entry

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gmn.bench_checks import limit_memory, machine_memory, memory_now, peak_memory
+from gmn.memory import limit_memory, machine_memory, memory_now, peak_memory
 
 Numbers = dict[str, float]
 Turn = Callable[[bool], Numbers]  # told whether it is the last one, whose time and memory do not count

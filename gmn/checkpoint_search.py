@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.progress import track
+from gmn.stages import stage
 from gmn.training import evaluate
 
 
@@ -54,8 +55,9 @@ def search(job: MetaJob, min_accuracy: float, *, finetune_images: int) -> tuple[
 
 def _probe(job: MetaJob, epoch: int, finetune_images: int) -> Probe:
     def measure() -> dict[str, float]:
-        tuned = [job.rewritten(index, epoch, job.brief(finetune_images)) for index in job.judges]
-        pruned = [job.pruned_to_target(model) for model in tuned]
+        with stage(job.run.log, "choosing", probe=epoch, finetune_images=finetune_images):
+            tuned = [job.rewritten(index, epoch, job.brief(finetune_images)) for index in job.judges]
+            pruned = [job.pruned_to_target(model) for model in tuned]
         return {
             key: sum(evaluate(model, job.data.val).accuracy for model in models) / len(models)
             for key, models in (("accuracy", tuned), ("pruned", pruned))

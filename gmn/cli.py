@@ -1,4 +1,4 @@
-"""The command line: `gmn meta-train`, `prune`, `curve`, `report`, `inspect`, `convert`, `export`, `bench`, `zoo`."""
+"""The command line: `gmn meta-train`, `prune`, `curve`, `report`, `cost`, `inspect`, `convert`, `export`, ..."""
 
 from __future__ import annotations
 
@@ -86,6 +86,18 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     folder = open_run(run)
     reports.show(load_report(folder), folder)
+
+
+@app.command(epilog="Examples:  gmn cost runs/quickstart   |   gmn cost runs/quickstart --networks 1,10 -o cost.json")
+def cost(
+    run: Annotated[Path, typer.Argument(help="The folder of a run with a metanetwork.")],
+    networks: Annotated[str, typer.Option("--networks", help="Numbers of networks to share meta-training.")] = "1,5,20",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
+) -> None:
+    """Show minutes and peak memory of meta-training and of one pruning by each row, and what that is per network."""
+    from gmn import cost_cli
+
+    cost_cli.cost(run, networks=networks, output=output)
 
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run that meta-trained.")]

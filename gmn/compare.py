@@ -1,12 +1,15 @@
 """The comparison: one network pruned with a metanetwork and without, to the same FLOPs, with the same fine-tuning.
 
-`gmn.baselines` has the rows. Validation images choose; each finished network sees the test images once.
+`gmn.baselines` has the rows. Validation images choose; each finished network sees the test images once. With several
+speed-ups the report is that of `prune.speed_up`, and has the `results` and the `latency` of the others in `further`.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -39,26 +42,35 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
     index = recipe.data_models.train + recipe.data_models.val if recipe.data_models.fit else 0
     base = job.keep("models/base", lambda: job.trained(index))
     start = base if not _initial(job) else job.keep("models/start", lambda: job.initially_pruned(base, index))
-    rows = ["metanetwork", *recipe.report.baselines]
-    results = [
-        _result(job, Trial(job, base, start, metanetwork, layout, row, seed))
-        for row in rows
-        for seed in range(recipe.report.seeds)
-    ]
+    own = metanetwork, layout
+    learnt = {"metanetwork": own, **{label: (net.to(job.device), place) for label, (net, place) in job.further.items()}}
+    rows = [*learnt, *recipe.report.baselines]
+    trials = {
+        speed_up: [
+            Trial(job, base, start, *learnt.get(row, own), row, seed, speed_up=speed_up)
+            for row in rows
+            for seed in range(recipe.report.seeds)
+        ]
+        for speed_up in recipe.speed_ups
+    }
+    tables = {speed_up: _table(job, base, of_speed_up) for speed_up, of_speed_up in trials.items()}
+    main = tables.pop(recipe.prune.speed_up)
     report = {
         "recipe": recipe.name,
         "seen": seen,
-        "speed_up": recipe.prune.speed_up,
+        "speed_up": main["speed_up"],
         "validation_images": len(job.data.val),
         "test_images": len(job.data.test),
         "initial_speed_up": job.initial_speed_up,
         "finetune_images": budget(recipe, len(job.data.train)),
         "base": _measure(job, base, cost(base, job.example)),
-        "results": results,
-        "latency": _latency(job, base, rows),
-        "curve": _curve(job, base, start, {"with metanetwork": metanetwork, "without": None}, layout),
+        "results": main["results"],
+        "latency": main["latency"],
+        "curve": _curve(job, cost(base, job.example), _before_pruning(trials[recipe.prune.speed_up])),
         "select": list(job.run.events("select")),
         "meta_train": list(job.run.events("meta-train")),
+        **({"further": list(tables.values())} if tables else {}),
+        **({"metanetworks": {k: str(v) for k, v in paths.items()}} if (paths := recipe.report.metanetworks) else {}),
     }
     save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
     save_json(job.run.folder / "report.json", report)
@@ -70,11 +82,17 @@ def _initial(job: MetaJob) -> bool:
     return settings.initial_speed_up != 1 or settings.initial_fit is not None
 
 
+def _table(job: MetaJob, base: nn.Module, trials: list[Trial]) -> dict[str, Any]:
+    """All rows at one speed-up."""
+    results = [_result(job, trial) for trial in trials]
+    return {"speed_up": trials[0].target, "results": results, "latency": _latency(job, base, trials)}
+
+
 def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
     """One finished network: its validation and test accuracy, and its cost."""
-    folder = job.run.folder / "models" / f"{trial.row}-seed{trial.seed}"
+    folder = trial.folder
     if not (folder / "model.json").is_file():
-        model = ROWS[trial.row](trial)
+        model = ROWS.get(trial.row, ROWS["metanetwork"])(trial)
         about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages}
         facts = {**about, **_measure(job, model, trial.before)}
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
@@ -94,24 +112,35 @@ def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:
     }
 
 
-def _latency(job: MetaJob, base: nn.Module, rows: list[str]) -> dict[str, float]:
-    """Milliseconds per batch, the networks taking turns."""
-    names = ["base", *rows]
-    models = [base, *(load_model(job.run.folder / "models" / f"{row}-seed0").to(job.device) for row in rows)]
+def _latency(job: MetaJob, base: nn.Module, trials: list[Trial]) -> dict[str, float]:
+    """Milliseconds per batch, the networks of the first seed taking turns."""
+    first = {trial.row: trial.folder for trial in trials if trial.seed == 0}
+    names = ["base", *first]
+    models = [base, *(load_model(folder).to(job.device) for folder in first.values())]
     batch = job.data.example_inputs(job.recipe.report.latency_batch)
     return {name: 1000 * s for name, s in zip(names, latency(models, batch), strict=True)}
 
 
+def _before_pruning(trials: list[Trial]) -> dict[str, Callable[[], nn.Module]]:
+    """What the curve shows: rewritten networks, and those of the first seed that were kept after their fine-tuning."""
+    job, learners = trials[0].job, ("metanetwork", *trials[0].job.further)
+    shown: dict[str, Callable[[], nn.Module]] = {}
+    for trial in trials:
+        if trial.seed == 0 and trial.row in learners:
+            shown[f"with {trial.row}"] = partial(job.rewrite, trial.start, trial.metanetwork, trial.layout)
+    shown["without"] = partial(job.rewrite, trials[0].start, None, trials[0].layout)
+    for trial in trials:
+        if trial.seed == 0 and job.recipe.finetune.after_meta and (trial.first / "model.json").is_file():
+            shown[trial.row] = lambda trial=trial: load_model(trial.first).to(job.device)
+    return shown
+
+
 def _curve(
-    job: MetaJob, base: nn.Module, start: nn.Module, metanetworks: dict[str, MetaNetwork | None], layout: Layout
+    job: MetaJob, before: Cost, networks: dict[str, Callable[[], nn.Module]]
 ) -> dict[str, list[tuple[float, float]]]:
     """Validation accuracy against speed-up, without fine-tuning, batch norms recalibrated."""
-    curve: dict[str, list[tuple[float, float]]] = {}
-    with track("accuracy against speed-up", len(metanetworks) * (POINTS + 1)) as advance:
-        for name, metanetwork in metanetworks.items():
-            model = job.rewrite(start, metanetwork, layout)
-            curve[name] = curve_of(job, model, cost(base, job.example), advance)
-    return curve
+    with track("accuracy against speed-up", len(networks) * (POINTS + 1)) as advance:
+        return {name: curve_of(job, make(), before, advance) for name, make in networks.items()}
 
 
 def _statistics(job: MetaJob, start: nn.Module, metanetwork: MetaNetwork, layout: Layout) -> dict[str, Any]:
@@ -121,6 +150,15 @@ def _statistics(job: MetaJob, start: nn.Module, metanetwork: MetaNetwork, layout
         gradients = loss_gradients(model, job.data.train)
         found[side] = [asdict(layer) for layer in statistics_of(job.graph(model).spec, model.state_dict(), gradients)]
     return found
+
+
+def tables_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A report for each of its speed-ups, the smallest first; runs of an older gmn have one.
+
+    >>> [table["results"] for table in tables_of({"speed_up": 3, "results": [], "further": [{"speed_up": 2}]})]
+    [[], []]
+    """
+    return sorted(({**report, **own} for own in ({}, *report.get("further", []))), key=lambda own: own["speed_up"])
 
 
 def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:

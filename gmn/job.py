@@ -16,6 +16,7 @@ from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
 from gmn.run import Run
 from gmn.settings import DEVICES, Common, Fit
+from gmn.stages import stage
 from gmn.training import evaluate, fit
 
 
@@ -45,7 +46,8 @@ class Job:
         """The network saved under this name in the run folder; made and saved if it is not there yet."""
         folder = self.run.folder / name
         if not (folder / "model.json").is_file():
-            model = make().eval()
+            with stage(self.run.log, "network", network=name):
+                model = make().eval()
             score = evaluate(model, self.data.val).accuracy
             save_model(folder, model, self.source, validation_accuracy=score, input_shape=self.data.input_shape)
             self.run.log("network", name=name, validation_accuracy=score)

@@ -31,6 +31,7 @@ from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.initial import brief, candidates, largest
 from gmn.job import Job
+from gmn.learnt import adopt, further, named
 from gmn.library_pruner import Pruner, library_pruner, prune_with
 from gmn.limits import kept_whole
 from gmn.meta_train import DataModel, train_metanetwork
@@ -39,6 +40,7 @@ from gmn.progress import say, track
 from gmn.ranking import Pruned, masks_of, prune_to
 from gmn.run import Run
 from gmn.settings import Criterion, Fit, Recipe
+from gmn.stages import stage
 from gmn.trace import clone
 from gmn.training import evaluate, make_optimizer, recalibrate
 from gmn.vote import prior
@@ -57,8 +59,11 @@ class MetaJob(Job):
         preset = layouts()[recipe.graph.layout]
         choices = recipe.graph.model_dump(include={"kernels", "identities"}, exclude_none=True)
         self.layout: Layout = dataclasses.replace(preset, **choices)
+        self.further = further(recipe, run)
         self._rehearse(learnt)
         run.start()
+        for label, path in recipe.report.metanetworks.items():
+            adopt(run, label, path)
 
     def graph(self, model: nn.Module, layout: Layout | None = None) -> NetworkGraph:
         """The graph of a network, in the recipe's layout or another one."""
@@ -70,12 +75,16 @@ class MetaJob(Job):
         before = cost(model, self.example)
         if learnt:
             learnt[0].check(self.graph(model, learnt[1]).spec)
-        target, initial = self.recipe.prune.speed_up, self.recipe.data_models.initial_speed_up
+        for label, (metanetwork, layout) in self.further.items():
+            with named(label):
+                metanetwork.check(self.graph(model, layout).spec)
+        targets, initial = self.recipe.speed_ups, self.recipe.data_models.initial_speed_up
         if any(row.startswith("torch-pruning") for row in self.recipe.report.baselines):
-            prune_with(self.library_pruner(clone(model)), self.example, target, before)
+            prune_with(self.library_pruner(clone(model)), self.example, targets[-1], before)
         if initial != "auto" and initial > 1:  # what auto may find lies on the way to the target
             model = self._cut(model, initial).model
-        self._cut(model, target, before)
+        for target in targets:
+            self._cut(model, target, before)
 
     # -- networks ------------------------------------------------------------------------------------------------------
 
@@ -109,7 +118,7 @@ class MetaJob(Job):
 
     def _find_initial(self, model: nn.Module, index: int) -> float:
         """The largest speed-up of a grid after which the network is as accurate on the validation images as before."""
-        settings, target = self.recipe.data_models, self.recipe.prune.speed_up
+        settings, target = self.recipe.data_models, self.recipe.speed_ups[0]
         before = evaluate(model, self.data.val).accuracy
 
         def accepts(speed_up: float) -> bool:
@@ -220,22 +229,24 @@ class MetaJob(Job):
             say(f"meta-training goes on after epoch {done}")
 
         def save(epoch: int, optimizer: Optimizer) -> bool:
+            epoch_done(epoch=epoch + 1)
             state = optimizer_tensors(optimizer)
             save_metanetwork(self.checkpoint(epoch + 1), metanetwork, self.layout, **state)
             return self._no_better(epoch + 1)
 
-        train_metanetwork(
-            metanetwork,
-            subjects,
-            self.data.train,
-            settings,
-            seed=self.recipe.seed,
-            augment=self.augment,
-            start=done,
-            optimizer=optimizer,
-            log=self.run.logger("meta-train"),
-            after_epoch=save,
-        )
+        with stage(self.run.log, "meta-training") as epoch_done:
+            train_metanetwork(
+                metanetwork,
+                subjects,
+                self.data.train,
+                settings,
+                seed=self.recipe.seed,
+                augment=self.augment,
+                start=done,
+                optimizer=optimizer,
+                log=self.run.logger("meta-train"),
+                after_epoch=save,
+            )
 
     def new_metanetwork(self, subjects: list[DataModel]) -> MetaNetwork:
         """An untrained metanetwork with an encoder for every kind of edge in the data models."""
@@ -288,8 +299,9 @@ class MetaJob(Job):
         """
 
         def look() -> dict[str, float]:
-            models = [self.rewritten(index, epoch, self.recipe.finetune.after_meta) for index in self.judges]
-            accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
+            with stage(self.run.log, "choosing", checkpoint=epoch):
+                models = [self.rewritten(index, epoch, self.recipe.finetune.after_meta) for index in self.judges]
+                accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
             return {"validation_accuracy": sum(accuracies) / len(accuracies)}
 
         return self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]

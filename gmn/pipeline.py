@@ -16,6 +16,7 @@ from gmn.api import NETWORK, metanetwork_path, zoo_path
 from gmn.checkpoint import load_json, load_metanetwork, save_json
 from gmn.compare import compare
 from gmn.errors import RecipeError
+from gmn.learnt import METANETWORK, adopt
 from gmn.meta_job import MetaJob
 from gmn.recipe import AnyRecipe, dump_recipe, load_recipe
 from gmn.run import Run, open_run
@@ -62,7 +63,7 @@ def prune_recipe(
         return _prune_with_votes(recipe, run, path)
     metanetwork, layout, _ = load_metanetwork(path)
     job = MetaJob(recipe, run, (metanetwork, layout))
-    run.adopt(path)
+    adopt(run, METANETWORK, path)
     return compare(job, metanetwork.to(job.device), layout)
 
 

@@ -10,18 +10,34 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from gmn.checkpoint import write_atomic
+from gmn.compare import summarise, tables_of
 
 COLOURS = {
     **{"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"},
     **{"sparse": "#009e73", "torch-pruning": "#cc79a7", "torch-pruning-sparse": "#56b4e9", "random": "#999999"},
 }
 CURVES = {"with metanetwork": COLOURS["metanetwork"], "without": COLOURS["same-schedule"]}
+OUTSIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # a legend that covers no lines
+MARKERS = dict(zip(COLOURS, ("_", "o", "s", "D", "^", "v", "P", "x"), strict=True))
+LABELLED = [("#882255", "*"), ("#f0c000", "h"), ("#332288", "<"), ("#117733", ">"), ("#aa4499", "p"), ("#000000", "X")]
+
+
+def styles(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every row; rows with a metanetwork are solid lines."""
+    found = {row: {"color": COLOURS[row], "marker": MARKERS[row], "linestyle": "--"} for row in COLOURS}
+    found["metanetwork"]["linestyle"] = "-"
+    for place, label in enumerate(report.get("metanetworks", {})):
+        colour, marker = LABELLED[place % len(LABELLED)]
+        found[label] = {"color": colour, "marker": marker, "linestyle": "-"}
+    return found
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     """Draw all plots of a report as PNG; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [curve(report, folder / "curve.png"), accuracy(report, folder / "accuracy.png")]
+    if len(tables_of(report)) > 1:
+        paths.append(speed_ups(report, folder / "speed-ups.png"))
     if report["meta_train"]:
         paths.append(meta_training(report, folder / "meta-training.png"))
     return paths
@@ -29,14 +45,22 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
 
 def curve(report: dict[str, Any], path: Path) -> Path:
     """Validation accuracy against speed-up before fine-tuning: how easy the network is to prune."""
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    own = styles(report)
+    tuned = [name for name in report["curve"] if name in own]  # rows, after their first fine-tuning
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5) if tuned else (6, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, points in report["curve"].items():
-        axes.plot(*zip(*points, strict=True), marker="o", color=CURVES[name], label=name)
-    axes.axvline(report["speed_up"], color="0.7", linestyle="--", label=f"target {report['speed_up']:g}x")
+        if name in tuned:
+            style = {**own[name], "label": f"{name}, fine-tuned"}
+        else:
+            colour = CURVES.get(name) or own[name.removeprefix("with ")]["color"]
+            style = {"color": colour, "label": name, "marker": "" if tuned else "o", "linestyle": ":" if tuned else "-"}
+        axes.plot(*zip(*points, strict=True), **style)
+    for part in tables_of(report):
+        axes.axvline(part["speed_up"], color="0.7", linestyle="--", label=f"target {part['speed_up']:g}x")
     axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
-    axes.set_title(f"{report['recipe']}: pruned, not yet fine-tuned")
-    return _finish(figure, _speed_ups(axes), path)
+    axes.set_title(f"{report['recipe']}: pruned, not yet fine-tuned{' after it' if tuned else ''}")
+    return _finish(figure, _speed_ups(axes), path, **(OUTSIDE if tuned else {}))
 
 
 def curves(content: dict[str, Any], title: str, path: Path) -> Path:
@@ -69,12 +93,32 @@ def accuracy(report: dict[str, Any], path: Path) -> Path:
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.scatter(report["base"]["flops"], report["base"]["test_accuracy"], color=COLOURS["base"], label="base")
-    for row in dict.fromkeys(result["row"] for result in report["results"]):
-        points = [(r["flops"], r["test_accuracy"]) for r in report["results"] if r["row"] == row]
-        axes.scatter(*zip(*points, strict=True), color=COLOURS[row], label=row)
+    results, own = [result for part in tables_of(report) for result in part["results"]], styles(report)
+    for row in dict.fromkeys(result["row"] for result in results):
+        points = [(r["flops"], r["test_accuracy"]) for r in results if r["row"] == row]
+        axes.scatter(*zip(*points, strict=True), color=own[row]["color"], label=row)
     axes.set(xlabel="FLOPs (multiply-adds)", ylabel="test accuracy", title=f"{report['recipe']}: finished networks")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     return _finish(figure, axes, path)
+
+
+def speed_ups(report: dict[str, Any], path: Path) -> Path:
+    """Test accuracy of every finished row against its speed-up: mean over seeds, and their spread as error bars."""
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    base, parts, own = report["base"]["test_accuracy"], tables_of(report), styles(report)
+    axes.axhline(base, color=COLOURS["base"], linestyle=":", label=f"base, {base:.1%}")
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for entry in (entry for part in parts for entry in summarise(part)[1:]):
+        lines.setdefault(entry["row"], []).append((entry["speed_up"], entry["test_accuracy"], entry["spread"]))
+    for row, points in lines.items():
+        reached, accuracies, spreads = zip(*points, strict=True)
+        axes.errorbar(reached, accuracies, yerr=spreads, capsize=3, label=row, **own[row])
+    axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="test accuracy")
+    axes.set_title(f"{report['recipe']}: finished networks")
+    axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([part["speed_up"] for part in parts]))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
+    return _finish(figure, axes, path, **OUTSIDE)
 
 
 def meta_training(report: dict[str, Any], path: Path) -> Path:
@@ -99,8 +143,8 @@ def save_figure(figure: matplotlib.figure.Figure, path: Path) -> Path:
     return path
 
 
-def _finish(figure: matplotlib.figure.Figure, axes: Any, path: Path) -> Path:
+def _finish(figure: matplotlib.figure.Figure, axes: Any, path: Path, **legend: Any) -> Path:
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(**legend)
     return save_figure(figure, path)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gmn.compare import summarise
+from gmn.compare import summarise, tables_of
 
 TITLES = {
     "base": "base",
@@ -24,13 +24,35 @@ TITLES = {
 
 def table(report: dict[str, Any]) -> Table:
     """Accuracy, cost and latency of every row."""
-    result = Table(title=f"{report['recipe']}: pruned to {report['speed_up']:g}x", caption=caption(report))
+    result = Table(title=f"{report['recipe']}: pruned to {targets([report])}", caption=caption(report))
     result.add_column("network")
     for name in ("test %", "val. %", "FLOPs", "speed-up", "params", "ms"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in cells(report):
         result.add_row(*row)
     return result
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """A table for each speed-up; the last one has the caption of all."""
+    found = [table(part) for part in tables_of(report)]
+    for own in found[:-1]:
+        own.caption = None
+    return found
+
+
+def targets(parts: list[dict[str, Any]]) -> str:
+    """Speed-ups as people read them.
+
+    >>> targets([{"speed_up": 2.0}, {"speed_up": 2.5}])
+    '2x, 2.5x'
+    """
+    return ", ".join(f"{part['speed_up']:g}x" for part in parts)
+
+
+def title(row: str) -> str:
+    """What a table calls a row; those with a metanetwork of their own have a label."""
+    return TITLES.get(row, row)
 
 
 def cells(report: dict[str, Any]) -> list[list[str]]:
@@ -40,7 +62,7 @@ def cells(report: dict[str, Any]) -> list[list[str]]:
         spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
         accuracies = f"{100 * entry['test_accuracy']:.2f}{spread}", f"{100 * entry['validation_accuracy']:.2f}"
         cost = human(entry["flops"]), f"{entry['speed_up']:.2f}x", human(entry["parameters"])
-        found.append([TITLES[entry["row"]], *accuracies, *cost, f"{entry['latency']:.2f}"])
+        found.append([title(entry["row"]), *accuracies, *cost, f"{entry['latency']:.2f}"])
     return found
 
 
@@ -61,6 +83,7 @@ def caption(report: dict[str, Any]) -> str:
     seeds = max(entry["seeds"] for entry in entries)
     parts = [
         *(MEANINGS[entry["row"]] for entry in entries if entry["row"] in MEANINGS),
+        *(f"{label}: as metanetwork, with that of {path}" for label, path in report.get("metanetworks", {}).items()),
         *([SEEN[report["seen"]]] if report["seen"] in SEEN else []),
         *([f"initially pruned to {start:g}x"] if (start := report.get("initial_speed_up", 1)) > 1 else []),
         f"{report['finetune_images']:,} fine-tuning images per row",
@@ -93,5 +116,6 @@ def show(report: dict[str, Any], folder: Path, console: Console | None = None) -
         vote_report.show(report, folder, console)
         return
     console = console or Console()
-    console.print(table(report))
+    for own in tables(report):
+        console.print(own)
     console.print(f"page: {report_page.write(report, folder)}", soft_wrap=True, highlight=False)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gmn.checkpoint import load_json
-from gmn.compare import STATISTICS
+from gmn.compare import STATISTICS, tables_of
 from gmn.page import Picture, Section, Table, origin, write_page
 from gmn.plots import draw
-from gmn.report import caption, cells
+from gmn.report import caption, cells, targets
 from gmn.statistics_plots import by_layer, distributions
 
 COLUMNS = ("network", "test %", "validation %", "FLOPs", "speed-up", "parameters", "latency, ms")
+FINISHED = {"speed-ups": "Test accuracy and speed-up: mean and spread over seeds", "accuracy": "Accuracy and FLOPs"}
 CURVE = "Pruned step by step and read on validation images, without fine-tuning: the flatter, the easier to prune."
 MEASURED = (
     "Every layer's weights before and after the metanetwork, not fine-tuned. Sensitivity is |w dL/dw|, what the "
@@ -24,19 +25,24 @@ MEASURED = (
 def write(report: dict[str, Any], folder: Path) -> Path:
     """Write report.html of a finished run, and the pictures in it."""
     pictures = {path.stem: path for path in draw(report, folder / "plots")}
+    parts = tables_of(report)
+    said = [f" Pruned to {targets([part])}." for part in parts] if len(parts) > 1 else [""]
     sections = [
         Section(
             "Networks",
             caption(report),
-            [Table(COLUMNS, cells(report), "One line per way to prune.")],
-            [Picture(pictures["accuracy"], "Accuracy and FLOPs")],
+            [
+                Table(COLUMNS, cells(part), f"One line per way to prune.{own}")
+                for part, own in zip(parts, said, strict=True)
+            ],
+            [Picture(pictures[stem], text) for stem, text in FINISHED.items() if stem in pictures],
         ),
         Section("How easy to prune", CURVE, pictures=_curves(folder, pictures["curve"])),
         *_learning(report, pictures),
         *_statistics(report, folder),
         *origin(folder),
     ]
-    return write_page(folder / "report.html", f"{report['recipe']}: pruned to {report['speed_up']:g}x", sections)
+    return write_page(folder / "report.html", f"{report['recipe']}: pruned to {targets(parts)}", sections)
 
 
 def _curves(folder: Path, own: Path) -> list[Picture]:

@@ -3,8 +3,10 @@
 recipe.yaml        the resolved recipe          metrics.jsonl    what was measured, a line each
 environment.json   versions, machine            checkpoints/     metanetworks, one per epoch
 data-models/ models/                            networks, each `model.json` and `weights.safetensors`
+models/first/ models/2x/                        of several speed-ups: what they share, and the further ones
 initial.json                                    the initial speed-up, if it was found
 metanetwork.safetensors                         the chosen metanetwork
+metanetworks/                                   those of further rows
 report.json  plots/                             what `gmn report` shows
 """
 
@@ -67,9 +69,9 @@ class Run:
             save_text(self.folder / "recipe.yaml", self.recipe)  # first: it marks the folder as a run's
             save_json(self.folder / "environment.json", environment())
 
-    def adopt(self, metanetwork: Path) -> None:
+    def adopt(self, metanetwork: Path, name: str = "metanetwork.safetensors") -> None:
         """Keep a copy of the metanetwork; GmnError if the run was begun with another one."""
-        mine = self.folder / "metanetwork.safetensors"
+        mine = self.folder / name
         if not mine.is_file():
             save_bytes(mine, metanetwork.read_bytes())
         elif mine.read_bytes() != metanetwork.read_bytes():
@@ -84,7 +86,7 @@ class Run:
         """A function that logs metrics under an event and fixed labels."""
         return lambda metrics: self.log(event, **labels, **metrics)
 
-    def recorded(self, event: str, labels: dict[str, Any], make: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    def recorded(self, event: str, labels: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured under an event and its labels; made and logged if nothing was."""
         for entry in self.events(event):
             if all(entry.get(key) == value for key, value in labels.items()):

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator, model_validator
+from pydantic import AfterValidator, Field, Strict, field_validator, model_validator
 
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
+from gmn.settings_report import Baseline, distinct, labelled
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
 DEVICES = r"auto|cpu|cuda(:\d+)?"
@@ -245,8 +246,12 @@ class Finetune(Section):
 class Report(Section):
     """What the result is compared with, and how often."""
 
-    baselines: list[Literal["direct", "same-schedule", "sparse", "torch-pruning", "torch-pruning-sparse", "random"]] = (
-        Field(default=["direct", "same-schedule"], description="rows without metanetwork")
+    baselines: list[Baseline] = Field(default=["direct", "same-schedule"], description="rows without metanetwork")
+    speed_ups: Annotated[list[Annotated[float, Field(gt=1)]], AfterValidator(distinct)] = Field(
+        default_factory=list, description="what the rows are pruned to beside prune.speed_up"
+    )
+    metanetworks: Annotated[dict[str, PathLike], AfterValidator(labelled)] = Field(
+        default_factory=dict, description="more rows by label: a run folder or a saved metanetwork each"
     )
     sparse_reg: float = Field(default=0.03, ge=0, description="weight of the sparsity loss in the row `sparse`")
     seeds: int = Field(default=1, ge=1, description="fine-tuning seeds per row")
@@ -283,6 +288,11 @@ class Recipe(Common):
     finetune: Finetune = Field(description="the trainings around the pruning")
     report: Report = Field(default_factory=Report, description="comparisons and repetitions")
 
+    @property
+    def speed_ups(self) -> list[float]:
+        """All that the rows are pruned to, the smallest first."""
+        return sorted({self.prune.speed_up, *self.report.speed_ups})
+
     @model_validator(mode="after")
     def _something_trains(self) -> Recipe:
         if self.data_models.fit is None and not self.network.may_be_trained:
@@ -300,9 +310,10 @@ class Recipe(Common):
             )
         if initial != 1 and self.prune.votes:
             raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
-        if initial != "auto" and initial >= self.prune.speed_up:
+        if initial != "auto" and initial >= (least := self.speed_ups[0]):
+            name = "prune.speed_up" if least == self.prune.speed_up else "report.speed_ups"
             raise ValueError(
-                f"prune.speed_up ({self.prune.speed_up:g}) counts from before the initial pruning"
+                f"{name} ({least:g}) counts from before the initial pruning"
                 f" and must be above data_models.initial_speed_up ({initial:g})"
             )
         return self

@@ -169,7 +169,7 @@ def test_a_stopped_run_leaves_no_process(
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such limit")
 def test_a_limit_of_memory(tmp_path: Path) -> None:
     """The process that wants too much fails; nothing is killed."""
-    script = "import sys, torch; from gmn.bench_checks import limit_memory; limit_memory(1000); torch.zeros(2**30)"
+    script = "import sys, torch; from gmn.memory import limit_memory; limit_memory(1000); torch.zeros(2**30)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 1
     assert "memory" in result.stderr

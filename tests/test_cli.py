@@ -20,7 +20,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 Here = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("name", ["meta-train", "prune", "report", "inspect", "convert", "export"])
+@pytest.mark.parametrize("name", ["meta-train", "prune", "report", "cost", "inspect", "convert", "export"])
 def test_help_has_an_example(command: Command, tmp_path: Path, name: str) -> None:
     result = command(name, "--help", cwd=tmp_path)
     assert result.returncode == 0

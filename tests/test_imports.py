@@ -22,6 +22,7 @@ LAYERS = (
         "groups",
         "settings",
         "settings_fit",
+        "settings_report",
         "settings_vote",
         "spread",
         "names",
@@ -29,7 +30,7 @@ LAYERS = (
         "masks",
         "spec_check",
     }
-    | {"views", "drawing", "placement", "strokes", "phases", "traffic"},
+    | {"views", "drawing", "placement", "strokes", "phases", "stages", "memory", "traffic"},
     {
         *(
             "records",
@@ -83,6 +84,7 @@ LAYERS = (
             "budget",
             "initial",
             "compare",
+            *("learnt", "run_cost", "cost_cli"),
             *("curve", "curve_cli", "checkpoint_search", "report_page", "statistics_plots"),
             "job",
             "meta_job",

@@ -1,0 +1,121 @@
+"""What `gmn cost` prints: minutes and peak memory of meta-training and of one pruning by each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gmn.checkpoint import save_json
+from gmn.cli_options import numbers
+from gmn.errors import CheckpointError
+from gmn.recipe import load_recipe
+from gmn.report import title
+from gmn.run import open_run
+from gmn.run_cost import account
+from gmn.settings import Recipe
+
+PARTS = {"data models": "training the data models", "choosing": "choosing the checkpoint"}
+WAYS = {"all": "", "without data models": ", data models at hand"}
+CAPTION = (
+    "a pruning: initial pruning, rewriting, both fine-tunings and the pruning, mean over seeds; over N networks: "
+    "that and 1/N of meta-training; MB: most that the process held, libraries included"
+)
+
+
+def cost(run: Path, *, networks: str, output: Path | None) -> None:
+    """Print what a run cost; write JSON if a path is given."""
+    recipe = load_recipe(open_run(run) / "recipe.yaml")
+    if not isinstance(recipe, Recipe):
+        expected = "a run of a recipe with `method: metanetwork`"
+        raise CheckpointError("the run has no metanetwork", expected=expected, got=str(run))
+    content = {"recipe": recipe.name, **account(run, numbers("--networks", networks), recipe.report.metanetworks)}
+    console = Console()
+    for table in (*learning(content), pruning(content)):
+        console.print(table)
+    for line in even(content):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if output is not None:
+        save_json(output, content)
+
+
+def learning(content: dict[str, Any]) -> list[Table]:
+    """What each metanetwork cost to learn, by part; none of those that nobody noted it of."""
+    return [
+        _learning(f"{content['recipe']}: meta-training, {row}", costs)
+        for row, costs in content["meta_training"].items()
+        if costs is not None
+    ]
+
+
+def _learning(name: str, costs: dict[str, Any]) -> Table:
+    table, gpu = Table(title=name), bool(costs["cuda_mb"])
+    _columns(table, ["part", "minutes", *_memory_names(gpu)])
+    for part, spent in costs["parts"].items():
+        table.add_row(PARTS.get(part, part), _minutes(spent["seconds"]), *_memory(spent, gpu))
+    table.add_section()
+    table.add_row("together", _minutes(costs["seconds"]), *_memory(costs, gpu))
+    if "data models" in costs["parts"]:
+        rest = [spent for part, spent in costs["parts"].items() if part != "data models"]
+        peaks = {key: max(spent[key] for spent in rest) for key in ("peak_mb", "cuda_mb")}
+        table.add_row("without the data models", _minutes(costs["seconds_without_data_models"]), *_memory(peaks, gpu))
+    return table
+
+
+def pruning(content: dict[str, Any]) -> Table:
+    """One pruning by each row, and minutes per network; a metanetwork of unknown cost has no such figures."""
+    entries, counts = content["pruning"], [str(count) for count in content["networks"]]
+    gpu, several = any(entry["cuda_mb"] for entry in entries), _several(content)
+    table = Table(title=f"{content['recipe']}: minutes of one pruning, and per network over N", caption=CAPTION)
+    over = [f"over {count}" for count in counts]
+    _columns(table, ["network", *(["speed-up"] if several else []), "minutes", *_memory_names(gpu), *over])
+    for entry in entries:
+        where = [f"{entry['speed_up']:g}x"] if several else []
+        own = [*where, _minutes(entry["seconds"]), *_memory(entry, gpu)]
+        for way, seconds in (entry["amortised"] or {"all": {}}).items():
+            shares = [_minutes(seconds[count]) if seconds else "?" for count in counts]
+            table.add_row(f"{title(entry['row'])}{WAYS[way]}", *own, *shares)
+    return table
+
+
+def even(content: dict[str, Any]) -> list[str]:
+    """A line for each row that a metanetwork gets cheaper than, from some number of networks on."""
+    found: list[str] = []
+    for entry in content["pruning"]:
+        where = f" at {entry['speed_up']:g}x" if _several(content) else ""
+        for way, against in entry["break_even"].items():
+            for row, count in against.items():
+                if count is not None:
+                    who, plural = f"{title(entry['row'])}{WAYS[way]}", "s" * (count > 1)
+                    found.append(f"{who}: not above {title(row)}{where} from {count:,} network{plural} on")
+    return found or ["no row without a metanetwork takes longer for a network: there is no break-even"]
+
+
+def _several(content: dict[str, Any]) -> bool:
+    return len({entry["speed_up"] for entry in content["pruning"]}) > 1
+
+
+def _columns(table: Table, names: Sequence[str]) -> None:
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left", no_wrap=bool(place))
+
+
+def _memory_names(gpu: bool) -> list[str]:
+    return ["peak MB", *(["GPU MB"] if gpu else [])]
+
+
+def _memory(spent: dict[str, float], gpu: bool) -> list[str]:
+    return [f"{spent['peak_mb']:,.0f}", *([f"{spent['cuda_mb']:,.0f}"] if gpu else [])]
+
+
+def _minutes(seconds: float) -> str:
+    """Minutes with two figures at least.
+
+    >>> _minutes(90.0), _minutes(1.5), _minutes(7200.0)
+    ('1.50', '0.025', '120.00')
+    """
+    minutes = seconds / 60
+    return f"{minutes:.2f}" if minutes >= 0.1 else f"{minutes:.2g}"

@@ -1,0 +1,76 @@
+"""Metanetworks that a run takes from elsewhere: found before anything is trained, and kept in the run's own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gmn.api import metanetwork_path
+from gmn.builder import Layout
+from gmn.checkpoint import load_metanetwork
+from gmn.errors import CheckpointError, GmnError
+from gmn.metanetwork import MetaNetwork
+from gmn.run import Run, is_run
+from gmn.run_cost import LEARNT, METANETWORK, meta_training
+from gmn.settings import Recipe
+
+__all__ = ["METANETWORK", "adopt", "further", "named"]
+
+
+def further(recipe: Recipe, run: Run) -> dict[str, tuple[MetaNetwork, Layout]]:
+    """The metanetworks of the recipe's further rows, by label; a resumed run goes on with its own copies.
+
+    Raises:
+        CheckpointError: if one is not found or cannot be read, or `overwrite` would delete it.
+    """
+    found: dict[str, tuple[MetaNetwork, Layout]] = {}
+    for label, path in recipe.report.metanetworks.items():
+        with named(label):
+            metanetwork, layout, _ = load_metanetwork(_source(run, label, path))
+            found[label] = metanetwork, layout
+    return found
+
+
+def adopt(run: Run, row: str, path: Path) -> None:
+    """Keep a copy of a row's metanetwork, and note where it came from and what it cost there.
+
+    Raises:
+        GmnError: if the run was begun with another one.
+    """
+    source = _source(run, row, path)
+    run.adopt(source, _place(row))
+    run.recorded(LEARNT, {"row": row}, lambda: {"from": str(path), "parts": _costs(source, run.folder)})
+
+
+@contextmanager
+def named(label: str) -> Iterator[None]:
+    """Errors inside name the recipe's further row."""
+    try:
+        yield
+    except GmnError as error:
+        raise CheckpointError(f"report.metanetworks, {label!r}: {error}") from error
+
+
+def _costs(metanetwork: Path, mine: Path) -> dict[str, dict[str, float]]:
+    """Of the run that the file lies in, itself or in its checkpoints; nothing if it lies in none, or in this one."""
+    origin = next((folder for folder in metanetwork.resolve().parents[:2] if is_run(folder)), None)
+    if origin is None or origin == mine.resolve():
+        return {}
+    return {name: vars(spent) for name, spent in meta_training(origin).items()}
+
+
+def _source(run: Run, row: str, path: Path) -> Path:
+    """The run's own copy of a further row's metanetwork, or else where the user says."""
+    mine = run.folder / _place(row)
+    if row != METANETWORK and mine.is_file() and not run.replaces:
+        return mine
+    source = metanetwork_path(path)
+    if run.replaces and source.resolve().is_relative_to(run.folder.resolve()):
+        hint = "give another folder with --run"
+        raise CheckpointError("it lies in the run folder that is to be replaced", got=str(path), hint=hint)
+    return source
+
+
+def _place(row: str) -> str:
+    return "metanetwork.safetensors" if row == METANETWORK else f"metanetworks/{row}.safetensors"
