@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from gmn.checkpoint import save_json
 from gmn.cli_options import numbers
+from gmn.convert_cli import wide_console
 from gmn.errors import CheckpointError
 from gmn.recipe import load_recipe
 from gmn.report import title
@@ -20,6 +20,7 @@ from gmn.settings import Recipe
 
 PARTS = {"data models": "training the data models", "choosing": "choosing the checkpoint"}
 WAYS = {"all": "", "without data models": ", data models at hand"}
+WORDS = ("part", "network", "than")  # columns of text
 CAPTION = (
     "a pruning: initial pruning, rewriting, both fine-tunings and the pruning, mean over seeds; over N networks: "
     "that and 1/N of meta-training; MB: most that the process held, libraries included"
@@ -33,11 +34,9 @@ def cost(run: Path, *, networks: str, output: Path | None) -> None:
         expected = "a run of a recipe with `method: metanetwork`"
         raise CheckpointError("the run has no metanetwork", expected=expected, got=str(run))
     content = {"recipe": recipe.name, **account(run, numbers("--networks", networks), recipe.report.metanetworks)}
-    console = Console()
-    for table in (*learning(content), pruning(content)):
-        console.print(table)
-    for line in even(content):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console = wide_console()
+    for table in (*learning(content), pruning(content), even(content)):
+        console.print(table or "no row without a metanetwork takes longer for a network: there is no break-even")
     if output is not None:
         save_json(output, content)
 
@@ -81,17 +80,17 @@ def pruning(content: dict[str, Any]) -> Table:
     return table
 
 
-def even(content: dict[str, Any]) -> list[str]:
-    """A line for each row that a metanetwork gets cheaper than, from some number of networks on."""
-    found: list[str] = []
+def even(content: dict[str, Any]) -> Table | None:
+    """From how many networks on a metanetwork is not dearer than another row; None if no row takes longer than it."""
+    table, several = Table(title="break-even: not dearer per network from so many networks on"), _several(content)
+    _columns(table, ["network", *(["speed-up"] if several else []), "than", "networks"])
     for entry in content["pruning"]:
-        where = f" at {entry['speed_up']:g}x" if _several(content) else ""
+        where = [f"{entry['speed_up']:g}x"] if several else []
         for way, against in entry["break_even"].items():
             for row, count in against.items():
                 if count is not None:
-                    who, plural = f"{title(entry['row'])}{WAYS[way]}", "s" * (count > 1)
-                    found.append(f"{who}: not above {title(row)}{where} from {count:,} network{plural} on")
-    return found or ["no row without a metanetwork takes longer for a network: there is no break-even"]
+                    table.add_row(f"{title(entry['row'])}{WAYS[way]}", *where, title(row), f"{count:,}")
+    return table if table.row_count else None
 
 
 def _several(content: dict[str, Any]) -> bool:
@@ -100,7 +99,7 @@ def _several(content: dict[str, Any]) -> bool:
 
 def _columns(table: Table, names: Sequence[str]) -> None:
     for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=bool(place))
+        table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=bool(place))
 
 
 def _memory_names(gpu: bool) -> list[str]:

@@ -11,6 +11,7 @@ import matplotlib.ticker
 
 from gmn.checkpoint import write_atomic
 from gmn.compare import summarise, tables_of
+from gmn.report import targets
 
 COLOURS = {
     **{"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"},
@@ -56,8 +57,9 @@ def curve(report: dict[str, Any], path: Path) -> Path:
             colour = CURVES.get(name) or own[name.removeprefix("with ")]["color"]
             style = {"color": colour, "label": name, "marker": "" if tuned else "o", "linestyle": ":" if tuned else "-"}
         axes.plot(*zip(*points, strict=True), **style)
-    for part in tables_of(report):
-        axes.axvline(part["speed_up"], color="0.7", linestyle="--", label=f"target {part['speed_up']:g}x")
+    for place, part in enumerate(parts := tables_of(report)):
+        label = None if place else f"target {targets(parts)}"
+        axes.axvline(part["speed_up"], color="0.7", linestyle="--", label=label)
     axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
     axes.set_title(f"{report['recipe']}: pruned, not yet fine-tuned{' after it' if tuned else ''}")
     return _finish(figure, _speed_ups(axes), path, **(OUTSIDE if tuned else {}))
