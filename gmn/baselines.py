@@ -8,7 +8,8 @@
     torch-pruning         the same, pruned by torch-pruning
     random                the same, by a random ranking, another one for each seed: what the criterion is worth
 
-`sparse` is the control: a metanetwork that is not ahead of it does not earn its cost.
+`sparse` is the control: a metanetwork that is not ahead of it does not earn its cost. Rows of `report.metanetworks` do
+what `metanetwork` does, each with its own.
 """
 
 from __future__ import annotations
@@ -139,10 +140,10 @@ class Trial:
 
     def end(self, model: nn.Module, settings: Fit | None = None) -> nn.Module:
         """The last fine-tuning, of a pruned network; default: the recipe's."""
-        title = (
-            f"{self.row} seed {self.seed}{f', {self.target:g}x' if self._several else ''}: fine-tuning after pruning"
-        )
-        settings, model = settings or self.job.recipe.finetune.after_prune, self._noted("pruned", model)
+        where = f", {self.target:g}x" if self._several else ""
+        title = f"{self.row} seed {self.seed}{where}: fine-tuning after pruning"
+        settings = settings or self.job.recipe.finetune.after_prune
+        self._noted("pruned", model)
         with self._stage("last fine-tuning", speed_up=self.target):
             self.job.fit(model, settings, 600 + self.seed, title, teacher=self.base)
         return model

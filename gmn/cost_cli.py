@@ -23,7 +23,7 @@ WAYS = {"all": "", "without data models": ", data models at hand"}
 WORDS = ("part", "network", "than")  # columns of text
 CAPTION = (
     "a pruning: initial pruning, rewriting, both fine-tunings and the pruning, mean over seeds; over N networks: "
-    "that and 1/N of meta-training; MB: most that the process held, libraries included"
+    "that and 1/N of meta-training (?: nobody noted what that was); MB: most that the process held, libraries included"
 )
 
 

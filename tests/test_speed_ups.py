@@ -28,10 +28,11 @@ from gmn.baselines import ROWS
 from gmn.compare import summarise, tables_of
 from gmn.curve import curve_of
 from gmn.errors import GmnError, RecipeError
+from gmn.meta_job import MetaJob
 from gmn.plots import draw, styles
-from gmn.recipe import load_recipe
+from gmn.recipe import dump_recipe, load_recipe
 from gmn.report import TITLES
-from gmn.run import load_report
+from gmn.run import Run, load_report
 from gmn.run_cost import account, meta_training
 from gmn.run_networks import best, side_by_side
 from gmn.settings import Recipe
@@ -200,6 +201,16 @@ def test_the_report_has_a_table_for_each_speed_up(several: Path, capsys: pytest.
     assert best(several, "paper's gradient") == several / "models" / "paper's gradient-seed0"
     assert len(side_by_side(several)) == 1 + len([*SCHEDULED, *AT_ONCE])
     assert gmn.load_model(several / "models" / "2.4x" / "direct-seed0")
+
+
+def test_an_initial_pruning_that_is_found_stays_below_all_targets(tmp_path: Path) -> None:
+    auto = ["data_models.initial_speed_up=auto", "data_models.initial_tolerance=100", "report.baselines=[]"]
+    for name, more in (("one", []), ("two", ["report.speed_ups=[1.4]"])):
+        own = recipe(*auto, *more)
+        job = MetaJob(own, Run(tmp_path / name, dump_recipe(own)))
+        job.initially_pruned(job.built(0), 0)
+    found = [checkpoint.load_json(tmp_path / name / "initial.json")["speed_up"] for name in ("one", "two")]
+    assert 1 < found[1] < 1.4 < found[0] < 1.8
 
 
 def result(row: str, seed: int, speed_up: float, accuracy: float) -> dict[str, Any]:
