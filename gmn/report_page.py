@@ -15,6 +15,7 @@ from gmn.statistics_plots import by_layer, distributions
 COLUMNS = ("network", "test %", "validation %", "FLOPs", "speed-up", "parameters", "latency, ms")
 FINISHED = {"speed-ups": "Test accuracy and speed-up: mean and spread over seeds", "accuracy": "Accuracy and FLOPs"}
 CURVE = "Pruned step by step and read on validation images, without fine-tuning: the flatter, the easier to prune."
+TUNED = " Rows that say so were fine-tuned before it, as the recipe says."
 MEASURED = (
     "Every layer's weights before and after the metanetwork, not fine-tuned. Sensitivity is |w dL/dw|, what the "
     "loss gains, to first order, when the weight becomes zero; correlation is that of the rows of two output channels; "
@@ -37,12 +38,18 @@ def write(report: dict[str, Any], folder: Path) -> Path:
             ],
             [Picture(pictures[stem], text) for stem, text in FINISHED.items() if stem in pictures],
         ),
-        Section("How easy to prune", CURVE, pictures=_curves(folder, pictures["curve"])),
+        Section(
+            "How easy to prune", CURVE + (TUNED if _tuned(report) else ""), pictures=_curves(folder, pictures["curve"])
+        ),
         *_learning(report, pictures),
         *_statistics(report, folder),
         *origin(folder),
     ]
     return write_page(folder / "report.html", f"{report['recipe']}: pruned to {targets(parts)}", sections)
+
+
+def _tuned(report: dict[str, Any]) -> bool:
+    return any(not name.startswith(("with ", "without")) for name in report["curve"])
 
 
 def _curves(folder: Path, own: Path) -> list[Picture]:

@@ -34,7 +34,7 @@ def labelled(rows: Mapping[str, T]) -> Mapping[str, T]:
     for label in rows:
         if not LABEL.fullmatch(label):
             raise ValueError(f"a label is letters, digits and ' .,+=()-_, at most 40 in all; got {label!r}")
-        if label.casefold() in taken:
+        if label.casefold() in taken or label.casefold().startswith("with "):  # what curves call rewritten networks
             raise ValueError(f"another row has the label {label!r} already")
         taken.add(label.casefold())
     return rows

@@ -76,14 +76,14 @@ def stage(log: Log, name: str, **labels: object) -> Iterator[Log]:
 def _credit() -> None:
     """Give what passed since the last call to the innermost stage; time and peaks count anew from here."""
     global _since
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    for gpu in gpus:
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    peaks = {gpu: peak for gpu in range(count) if (peak := torch.cuda.max_memory_allocated(gpu))}
+    for gpu in peaks:  # not the others: to wait for one is to make a context on it
         torch.cuda.synchronize(gpu)
     now = time.perf_counter()
     if _open:
-        cuda = max((torch.cuda.max_memory_allocated(gpu) / 2**20 for gpu in gpus), default=0.0)
-        _open[-1] += Spent(now - _since, peak_memory() or 0.0, cuda)
+        _open[-1] += Spent(now - _since, peak_memory() or 0.0, max(peaks.values(), default=0) / 2**20)
     _since = now
     memory_now()
-    for gpu in gpus:
+    for gpu in peaks:
         torch.cuda.reset_peak_memory_stats(gpu)

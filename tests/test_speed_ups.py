@@ -194,6 +194,7 @@ def test_the_report_has_a_table_for_each_speed_up(several: Path, capsys: pytest.
     assert "pruned to 1.8x, 2.4x</h1>" in text
     assert "One line per way to prune. Pruned to 2.4x." in text
     assert "Test accuracy and speed-up" in text
+    assert "Rows that say so were fine-tuned before it" in text
     content = load_report(several)
     assert set(content["curve"]) == {*SCHEDULED, "with metanetwork", "with paper's gradient", "without"}
     assert all(set(part["latency"]) == {"base", *SCHEDULED, *AT_ONCE} for part in tables_of(content))
@@ -285,6 +286,7 @@ def test_every_row_looks_different() -> None:
         (["report.metanetworks={sparse: x}"], "another row has the label 'sparse' already"),
         (["report.metanetworks={Same schedule: x}"], "another row has the label 'Same schedule' already"),
         (["report.metanetworks={ours: x, Ours: y}"], "another row has the label 'Ours' already"),
+        (["report.metanetworks={with metanetwork: x}"], "another row has the label 'with metanetwork' already"),
         (["report.metanetworks={a/b: x}"], "a label is letters, digits and"),
         (["report.metanetworks={.hidden: x}"], "a label is letters, digits and"),
         (["report.metanetworks={'ours ': x}"], "a label is letters, digits and"),
