@@ -21,13 +21,14 @@ from torch import nn
 
 from gmn.budget import merged
 from gmn.builder import Layout
-from gmn.costs import Cost, cost
+from gmn.costs import Cost
 from gmn.library_pruner import Pruner, prune_with
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.settings import Fit
 from gmn.trace import clone
 from gmn.training import evaluate, recalibrate
+from gmn.weight_masks import WeightMask
 
 Regularize = Callable[[], None]
 
@@ -57,7 +58,7 @@ class Trial:
     @cached_property
     def before(self) -> Cost:
         """What the speed-up counts from."""
-        return cost(self.base, self.job.example)
+        return self.job.cost(self.base)
 
     @property
     def whole_budget(self) -> Fit:
@@ -75,22 +76,24 @@ class Trial:
             self.job.fit(model, settings, 500 + self.seed, title, teacher=self.base, regularize=regularize)
             self._noted("fine-tuned", model)
 
-    def prune(self, model: nn.Module, *, chance: int | None = None) -> nn.Module:
-        """The smaller network, with our scores, or by a random ranking of that seed."""
-        return self.job.prune(model, self.job.recipe.prune.speed_up, self.before, chance=chance).model
+    def prune_and_end(self, model: nn.Module, settings: Fit | None = None, *, chance: int | None = None) -> nn.Module:
+        """Prune with our scores, or by a random ranking of that seed; then the last fine-tuning."""
+        pruned = self.job.prune(model, self.job.recipe.prune.speed_up, self.before, chance=chance)
+        return self.end(pruned.model, settings, pruned.weights)
 
     def prune_with(self, pruner: Pruner) -> nn.Module:
         """The smaller network, with torch-pruning's scores."""
         recipe = self.job.recipe
+        assert recipe.prune.speed_up is not None  # recipes refuse these rows with other patterns
         model = prune_with(pruner, self.job.example, recipe.prune.speed_up, self.before)
         recalibrate(model, self.job.data.train, recipe.prune.recalibrate, seed=recipe.seed)
         return model
 
-    def end(self, model: nn.Module, settings: Fit | None = None) -> nn.Module:
-        """The last fine-tuning, of a pruned network; default: the recipe's."""
+    def end(self, model: nn.Module, settings: Fit | None = None, mask: WeightMask | None = None) -> nn.Module:
+        """The last fine-tuning, of a pruned network; default: the recipe's. What the mask drops stays zero."""
         title = f"{self.row} seed {self.seed}: fine-tuning after pruning"
         settings = settings or self.job.recipe.finetune.after_prune
-        self.job.fit(self._noted("pruned", model), settings, 600 + self.seed, title, teacher=self.base)
+        self.job.fit(self._noted("pruned", model), settings, 600 + self.seed, title, teacher=self.base, mask=mask)
         return model
 
     def _noted(self, stage: str, model: nn.Module) -> nn.Module:
@@ -131,12 +134,12 @@ def torch_pruning_sparse(trial: Trial) -> nn.Module:
 
 def direct(trial: Trial) -> nn.Module:
     """Everything after pruning."""
-    return trial.end(trial.prune(trial.base), trial.whole_budget)
+    return trial.prune_and_end(trial.base, trial.whole_budget)
 
 
 def random(trial: Trial) -> nn.Module:
     """As `direct`, by chance."""
-    return trial.end(trial.prune(trial.base, chance=trial.job.seed(700 + trial.seed)), trial.whole_budget)
+    return trial.prune_and_end(trial.base, trial.whole_budget, chance=trial.job.seed(700 + trial.seed))
 
 
 def torch_pruning(trial: Trial) -> nn.Module:
@@ -146,7 +149,7 @@ def torch_pruning(trial: Trial) -> nn.Module:
 
 def _schedule(trial: Trial, model: nn.Module, regularize: Regularize | None = None) -> nn.Module:
     trial.tune(model, regularize)
-    return trial.end(trial.prune(model))
+    return trial.prune_and_end(model)
 
 
 ROWS: dict[str, Callable[[Trial], nn.Module]] = {

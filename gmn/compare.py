@@ -15,7 +15,7 @@ from gmn.baselines import ROWS, Trial
 from gmn.budget import budget
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
-from gmn.costs import Cost, cost, latency
+from gmn.costs import Cost, latency
 from gmn.curve import POINTS, curve_of
 from gmn.gradients import loss_gradients
 from gmn.meta_job import MetaJob
@@ -48,12 +48,12 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
     report = {
         "recipe": recipe.name,
         "seen": seen,
-        "speed_up": recipe.prune.speed_up,
+        **_target(job),
         "validation_images": len(job.data.val),
         "test_images": len(job.data.test),
         "initial_speed_up": job.initial_speed_up,
         "finetune_images": budget(recipe, len(job.data.train)),
-        "base": _measure(job, base, cost(base, job.example)),
+        "base": _measure(job, base, job.cost(base)),
         "results": results,
         "latency": _latency(job, base, rows),
         "curve": _curve(job, base, start, {"with metanetwork": metanetwork, "without": None}, layout),
@@ -63,6 +63,19 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
     save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
     save_json(job.run.folder / "report.json", report)
     return report
+
+
+def _target(job: MetaJob) -> dict[str, Any]:
+    """What the networks were pruned to: a speed-up, or a pattern of weights and the layers that it leaves dense."""
+    settings = job.recipe.prune
+    if settings.of_channels:
+        return {"speed_up": settings.speed_up}
+    return {**_pattern(job), "goal": settings.goal, "dense": job.dense}
+
+
+def _pattern(job: MetaJob) -> dict[str, str]:
+    """What `model.json` says of a network in which single weights are zero."""
+    return {} if job.recipe.prune.of_channels else {"pattern": job.recipe.prune.pattern}
 
 
 def _initial(job: MetaJob) -> bool:
@@ -75,7 +88,7 @@ def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
     folder = job.run.folder / "models" / f"{trial.row}-seed{trial.seed}"
     if not (folder / "model.json").is_file():
         model = ROWS[trial.row](trial)
-        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages}
+        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages, **_pattern(job)}
         facts = {**about, **_measure(job, model, trial.before)}
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.log("result", **facts)
@@ -84,7 +97,7 @@ def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
 
 
 def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:
-    after = cost(model, job.example)
+    after = job.cost(model)
     return {
         "validation_accuracy": evaluate(model, job.data.val).accuracy,
         "test_accuracy": evaluate(model, job.data.test).accuracy,
@@ -110,7 +123,7 @@ def _curve(
     with track("accuracy against speed-up", len(metanetworks) * (POINTS + 1)) as advance:
         for name, metanetwork in metanetworks.items():
             model = job.rewrite(start, metanetwork, layout)
-            curve[name] = curve_of(job, model, cost(base, job.example), advance)
+            curve[name] = curve_of(job, model, job.cost(base), advance)
     return curve
 
 

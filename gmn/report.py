@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gmn.compare import summarise
+from gmn.weight_masks import reasons
 
 TITLES = {
     "base": "base",
@@ -24,22 +25,40 @@ TITLES = {
 
 def table(report: dict[str, Any]) -> Table:
     """Accuracy, cost and latency of every row."""
-    result = Table(title=f"{report['recipe']}: pruned to {report['speed_up']:g}x", caption=caption(report))
+    result = Table(title=title(report), caption=caption(report))
     result.add_column("network")
-    for name in ("test %", "val. %", "FLOPs", "speed-up", "params", "ms"):
+    for name in ("test %", "val. %", "FLOPs", measure(report), "params", "ms"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in cells(report):
         result.add_row(*row)
     return result
 
 
+def title(report: dict[str, Any]) -> str:
+    """The name of the run, and what its networks were pruned to.
+
+    >>> title({"recipe": "quickstart", "speed_up": 3.0}), title({"recipe": "mine", "pattern": "2:4", "goal": "2:4"})
+    ('quickstart: pruned to 3x', 'mine: pruned to 2:4')
+    """
+    goal = report["goal"] if "pattern" in report else f"{report['speed_up']:g}x"
+    return f"{report['recipe']}: pruned to {goal}"
+
+
+def measure(report: dict[str, Any]) -> str:
+    """What tells how small a network is: the speed-up, or the share of the parameters that is not zero."""
+    return "left" if "pattern" in report else "speed-up"
+
+
 def cells(report: dict[str, Any]) -> list[list[str]]:
-    """Of every row: name, test and validation accuracy in per cent, FLOPs, speed-up, parameters, latency in ms."""
+    """Of every row: name, test and validation accuracy in per cent, FLOPs, `measure`, parameters, latency in ms."""
     found: list[list[str]] = []
     for entry in summarise(report):
+        small = f"{entry['speed_up']:.2f}x"
+        if "pattern" in report:
+            small = f"{entry['parameters'] / report['base']['parameters']:.1%}"
         spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
         accuracies = f"{100 * entry['test_accuracy']:.2f}{spread}", f"{100 * entry['validation_accuracy']:.2f}"
-        cost = human(entry["flops"]), f"{entry['speed_up']:.2f}x", human(entry["parameters"])
+        cost = human(entry["flops"]), small, human(entry["parameters"])
         found.append([TITLES[entry["row"]], *accuracies, *cost, f"{entry['latency']:.2f}"])
     return found
 
@@ -67,10 +86,19 @@ def caption(report: dict[str, Any]) -> str:
         f"{seeds} fine-tuning seed{'s' if seeds > 1 else ''}",
         f"chosen on {report['validation_images']:,} validation images",
         f"{report['test_images']:,} test images read once",
-        "a multiply-add is one FLOP",
+        *(_of_weights(report) if "pattern" in report else ["a multiply-add is one FLOP"]),
         "ms: latency per batch, median of interleaved runs",
     ]
     return "; ".join(parts)
+
+
+def _of_weights(report: dict[str, Any]) -> list[str]:
+    """What one must know where single weights are zero."""
+    return [
+        "params, left: parameters that are not zero",
+        "FLOPs (a multiply-add is one) and ms are those of dense kernels, which do not skip zeros",
+        *([f"dense: {reasons(report['dense'])}"] if report["dense"] else []),
+    ]
 
 
 def human(value: float) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 from gmn.checkpoint import load_json
 from gmn.compare import STATISTICS
 from gmn.page import Picture, Section, Table, origin, write_page
-from gmn.plots import draw
-from gmn.report import caption, cells
+from gmn.plots import draw, size
+from gmn.report import caption, cells, measure, title
 from gmn.statistics_plots import by_layer, distributions
 
-COLUMNS = ("network", "test %", "validation %", "FLOPs", "speed-up", "parameters", "latency, ms")
 CURVE = "Pruned step by step and read on validation images, without fine-tuning: the flatter, the easier to prune."
 MEASURED = (
     "Every layer's weights before and after the metanetwork, not fine-tuned. Sensitivity is |w dL/dw|, what the "
@@ -24,23 +23,25 @@ MEASURED = (
 def write(report: dict[str, Any], folder: Path) -> Path:
     """Write report.html of a finished run, and the pictures in it."""
     pictures = {path.stem: path for path in draw(report, folder / "plots")}
+    columns = ("network", "test %", "validation %", "FLOPs", measure(report), "parameters", "latency, ms")
     sections = [
         Section(
             "Networks",
             caption(report),
-            [Table(COLUMNS, cells(report), "One line per way to prune.")],
-            [Picture(pictures["accuracy"], "Accuracy and FLOPs")],
+            [Table(columns, cells(report), "One line per way to prune.")],
+            [Picture(pictures["accuracy"], f"Accuracy and {size(report)}")],
         ),
-        Section("How easy to prune", CURVE, pictures=_curves(folder, pictures["curve"])),
+        Section("How easy to prune", CURVE, pictures=_curves(folder, pictures["curve"], measure(report))),
         *_learning(report, pictures),
         *_statistics(report, folder),
         *origin(folder),
     ]
-    return write_page(folder / "report.html", f"{report['recipe']}: pruned to {report['speed_up']:g}x", sections)
+    return write_page(folder / "report.html", title(report), sections)
 
 
-def _curves(folder: Path, own: Path) -> list[Picture]:
-    pictures = [Picture(own, "Accuracy against speed-up, with the chosen metanetwork and without")]
+def _curves(folder: Path, own: Path, against: str) -> list[Picture]:
+    against = {"left": "the parameters left"}.get(against, against)
+    pictures = [Picture(own, f"Accuracy against {against}, with the chosen metanetwork and without")]
     more = folder / "curves" / "curve.png"
     return [*pictures, Picture(more, "The checkpoints of gmn curve")] if more.is_file() else pictures
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, field_validator, model_validator
 
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
+from gmn.settings_pattern import Removal
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
 DEVICES = r"auto|cpu|cuda(:\d+)?"
@@ -177,7 +178,7 @@ class MetaTrain(Section):
 
 
 class Criterion(Section):
-    """How important a channel is."""
+    """How important a channel is, or a weight."""
 
     score: str = Field(
         default="norm",
@@ -217,10 +218,9 @@ class Ranking(Section):
     per_flop: bool = Field(default=False, description="divide scores by the FLOPs that the channel costs")
 
 
-class Prune(Ranking):
-    """The removal of channels."""
+class Prune(Ranking, Removal):
+    """The removal of channels, or of single weights."""
 
-    speed_up: float = Field(default=2.0, gt=1, description="FLOPs before / FLOPs after")
     recalibrate: int = Field(
         default=0,
         ge=0,
@@ -230,6 +230,17 @@ class Prune(Ranking):
         default=None, description="a zoo of the same network, or its run: its tasks' votes multiply the scores"
     )
     votes_weight: float = Field(default=1.0, ge=0, description="1: what all tasks keep counts twice what none keeps")
+
+    @model_validator(mode="after")
+    def _what_weights_know(self) -> Prune:
+        if self.of_channels:
+            return self
+        unknown = ["max_ratio", "round_to", "per_flop", "votes", *(["ranking", "limits"] if self.n_of_m else [])]
+        for key in unknown:
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                hint = "; limits: {'*': 0.95} are of weights" if key == "max_ratio" and not self.n_of_m else ""
+                raise ValueError(f"{key} has no meaning with pattern {self.pattern}: leave it out{hint}")
+        return self
 
 
 class Finetune(Section):
@@ -300,7 +311,11 @@ class Recipe(Common):
             )
         if initial != 1 and self.prune.votes:
             raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
-        if initial != "auto" and initial >= self.prune.speed_up:
+        if not self.prune.of_channels and initial != 1:
+            raise ValueError(
+                "data_models.initial_speed_up removes channels: give 1 with prune.pattern " + self.prune.pattern
+            )
+        if self.prune.speed_up is not None and initial != "auto" and initial >= self.prune.speed_up:
             raise ValueError(
                 f"prune.speed_up ({self.prune.speed_up:g}) counts from before the initial pruning"
                 f" and must be above data_models.initial_speed_up ({initial:g})"
@@ -314,4 +329,9 @@ class Recipe(Common):
         sparse = [row for row in self.report.baselines if row.endswith("sparse")]
         if sparse and self.finetune.after_meta is None:
             raise ValueError(f"{sparse[0]} of report.baselines trains sparsely in finetune.after_meta: give it")
+        library = [row for row in self.report.baselines if row.startswith("torch-pruning")]
+        if library and not self.prune.of_channels:
+            raise ValueError(
+                f"{library[0]} of report.baselines removes channels: not with pattern {self.prune.pattern}"
+            )
         return self

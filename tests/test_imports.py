@@ -22,6 +22,7 @@ LAYERS = (
         "groups",
         "settings",
         "settings_fit",
+        "settings_pattern",
         "settings_vote",
         "spread",
         "names",
@@ -47,7 +48,8 @@ LAYERS = (
         *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_tape"),
     },
     {"weight_statistics", "criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
-    | {"similarity", "measures", "overlap", "wordnet"},
+    | {"similarity", "measures", "overlap", "wordnet"}
+    | {"weight_masks", "weight_ranking"},
     *(
         {
             "data",
