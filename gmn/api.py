@@ -134,6 +134,9 @@ class Result:
 
     Where single weights went, parameters are those that are not zero, `parameters_left` is their share, and `mask` says
     which weights stay and which layers are dense: `gmn.fit(model, ..., mask=mask)` trains on.
+
+    >>> prune(nn.Linear(8, 3), torch.zeros(1, 8), pattern="2:4").report["parameters"]  # 12 weights and 3 biases
+    15
     """
 
     model: nn.Module
@@ -180,9 +183,6 @@ def prune(
         PruningError: if the target is out of reach, or fine-tuning is asked for without data.
         RecipeError: for a field that is unknown, or a value out of its bounds.
         ConversionError: if the network has no graph.
-
-    >>> prune(nn.Linear(8, 3), torch.zeros(1, 8), pattern="2:4").report["parameters"]  # 12 weights and 3 biases
-    15
     """
     if finetune is not None and data is None:
         raise PruningError("fine-tuning needs data", hint="pass data=gmn.load_data(...)")

@@ -60,7 +60,12 @@ def meta_train(
 PRUNE = "gmn prune my.yaml --meta runs/quickstart"
 
 
-@app.command(epilog=f"Examples:  {PRUNE} --set prune.speed_up=3   |   {PRUNE} --set criterion.score=taylor")
+WEIGHTS = f"{PRUNE} --set prune.pattern=2:4 --set prune.speed_up=null"
+
+
+@app.command(
+    epilog=f"Examples:  {PRUNE} --set prune.speed_up=3   |   {PRUNE} --set criterion.score=taylor   |   {WEIGHTS}"
+)
 def prune(
     recipe: RecipeArgument,
     meta: Annotated[Path, typer.Option("--meta", help="A run folder, a saved metanetwork or a zoo.")],

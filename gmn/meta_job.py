@@ -51,7 +51,8 @@ class MetaJob(Job):
     """A metanetwork recipe at work in a run folder.
 
     Attributes:
-        dense: Where single weights go, the layers that lose none, with the reason.
+        axes: Where single weights go, the names of those that may, with the axis of their inputs.
+        dense: The layers that lose none, with the reason.
     """
 
     def __init__(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> None:
@@ -81,18 +82,18 @@ class MetaJob(Job):
             prune_with(self.library_pruner(clone(model)), self.example, target, before)
         if initial != "auto" and initial > 1:  # what auto may find lies on the way to the target
             model = self._cut(model, initial).model
-        rehearsed = self._cut(model, target, before)
-        self.dense = dict(rehearsed.weights.dense) if rehearsed.weights else {}
+        self._cut(model, target, before)
+        self.axes, self.dense = {}, {}
+        if not self.recipe.prune.of_channels:
+            found = Prunable.of(model, self.graph(model).spec, self.recipe.prune)
+            self.axes, self.dense = found.axes, found.dense
         if self.dense:
             say(f"stay dense: {reasons(self.dense)}")
 
     def cost(self, model: nn.Module) -> Cost:
         """What a network costs; where single weights go, with the parameters that are not zero."""
-        whole, settings = cost(model, self.example), self.recipe.prune
-        if settings.of_channels:
-            return whole
-        names = Prunable.of(model, self.graph(model).spec, settings).axes
-        return dataclasses.replace(whole, parameters=parameters_left(model, names))
+        whole = cost(model, self.example)
+        return dataclasses.replace(whole, parameters=parameters_left(model, self.axes)) if self.axes else whole
 
     # -- networks ------------------------------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ class MetaJob(Job):
         """A data model with its graph and its scores' bookkeeping."""
         graph = self.graph(model)
         if not self.recipe.prune.of_channels:
-            return DataModel(model, graph, WeightSparsity(Prunable.of(model, graph.spec, self.recipe.prune).axes))
+            return DataModel(model, graph, WeightSparsity(self.axes, self.recipe.prune.n_of_m))
         coupled = kept_whole(graph.spec, couplings(graph.spec), self.recipe.prune)
         importance = Importance(graph.spec, coupled, self.criterion)
         return DataModel(model, graph, importance)

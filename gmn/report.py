@@ -69,7 +69,7 @@ MEANINGS = {
     "sparse": "sparse training: the same schedule, our sparsity loss in the first fine-tuning",
     "torch-pruning": "torch-pruning: as direct, with that library's group magnitudes and pruner",
     "torch-pruning-sparse": "torch-pruning, sparse: the same schedule, regularized and pruned by its GroupNormPruner",
-    "random": "random: like direct, channels drawn at random",
+    "random": "random: like direct, what goes drawn at random",
 }
 SEEN = {True: "the metanetwork learnt on this network", False: "a network the metanetwork never saw"}
 

@@ -148,32 +148,42 @@ def parameters_left(model: nn.Module, names: Iterable[str]) -> int:
 
 
 class WeightSparsity:
-    """The sparsity loss of single weights: the mean of |w| / s over the weights of some parameters.
+    """The sparsity loss of single weights: a mean over layers w of n numbers each, weighted by n, of
 
-    s is the root mean square of all these weights, a constant for the gradient: the plain l1 norm of the GMN paper, on
-    a scale that does not depend on the network. With `scale_invariant` s is that of the weight's own parameter, and
-    differentiated: scaling a layer changes nothing, so that only differences within it count. Then the loss is the mean
-    of ||w||_1 / (sqrt(n) ||w||_2) over the layers, weighted by their sizes n; 1 where all |w| are equal.
+        ||w||_1 / (n s)                     s: the root mean square of all weights, a constant for the gradient
+        ||w||_1 / (sqrt(n) ||w||_2)         scale-invariant: 1 where all |w| are equal
+        ||w off the mask||_1 / ||w||_1      scale-invariant, N:M: the share of the norm that the pattern takes
+
+    The first is the plain l1 norm of the GMN paper, on a scale that does not depend on the network. It falls when a
+    layer is scaled; the others do not, so that only differences within a layer count. Of N:M the second would fall when
+    whole channels shrink, which takes nothing from the weights that lose against their neighbours; the third does not.
 
     Args:
-        names: The parameters whose weights may go.
+        axes: By name of the parameters whose weights may go, the axis of their inputs.
+        n_of_m: N and M of the pattern, if it is one.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, axes: Mapping[str, int], n_of_m: tuple[int, int] | None = None) -> None:
+        self.axes, self.n_of_m = dict(axes), n_of_m
 
     def sparsity_loss(self, state: Mapping[str, Tensor], *, scale_invariant: bool = False) -> Tensor:
         """The loss, a scalar between 0 and 1 that is differentiable in the parameters.
 
-        >>> weight = {"w": torch.tensor([3.0, 0.0, 0.0, 0.0])}
-        >>> [float(WeightSparsity(["w"]).sparsity_loss(weight, scale_invariant=own)) for own in (False, True)]
-        [0.5, 0.5]
+        >>> weight = {"w": torch.tensor([[3.0, 0.0, 0.0, 1.0]])}
+        >>> float(WeightSparsity({"w": 1}, (1, 4)).sparsity_loss(weight, scale_invariant=True))
+        0.25
         """
-        weights = [state[name] for name in self.names]
-        total = sum(weight.numel() for weight in weights)
-        # vector_norm has a gradient at zero, where the square root of a mean of squares has none
-        norms = torch.stack([torch.linalg.vector_norm(weight) for weight in weights])
-        sizes = norms.new_tensor([weight.numel() for weight in weights])
-        scale = norms / sizes.sqrt() if scale_invariant else (norms.detach().norm() / total**0.5).expand_as(norms)
-        sums = torch.stack([weight.abs().sum() for weight in weights])
-        return (sums / scale.clamp(min=torch.finfo(scale.dtype).tiny)).sum() / total
+        weights = {name: state[name] for name in self.axes}
+        total = sum(weight.numel() for weight in weights.values())
+        norms = torch.stack([torch.linalg.vector_norm(weight.detach()) for weight in weights.values()])
+        scale = norms.norm() / total**0.5
+        terms = []
+        for name, weight in weights.items():
+            size, norm = weight.abs(), scale * weight.numel()
+            if scale_invariant:
+                # the norm has a gradient at zero, where the square root of a sum of squares has none
+                norm = size.sum() if self.n_of_m else torch.linalg.vector_norm(weight) * weight.numel() ** 0.5
+            if scale_invariant and self.n_of_m:
+                size = size * ~n_of_m(size.detach(), *self.n_of_m, self.axes[name])
+            terms.append(weight.numel() * size.sum() / norm.clamp(min=torch.finfo(norm.dtype).tiny))
+        return torch.stack(terms).sum() / total

@@ -71,7 +71,7 @@ LAYERS = (
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
-        | {"export", "export_formats"}
+        | {"export", "export_formats", "sparse_format"}
         | {"suites", "suite_networks", "jsonl"}
         | {"zoo", "zoo_check", "zoo_claims", "zoo_files", "zoo_format"}
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
