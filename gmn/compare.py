@@ -120,7 +120,7 @@ def _curve(
 ) -> dict[str, list[tuple[float, float]]]:
     """Validation accuracy against speed-up, without fine-tuning, batch norms recalibrated."""
     curve: dict[str, list[tuple[float, float]]] = {}
-    with track("accuracy against speed-up", len(metanetworks) * (POINTS + 1)) as advance:
+    with track(f"accuracy against {job.recipe.prune.measure}", len(metanetworks) * (POINTS + 1)) as advance:
         for name, metanetwork in metanetworks.items():
             model = job.rewrite(start, metanetwork, layout)
             curve[name] = curve_of(job, model, job.cost(base), advance)

@@ -108,14 +108,15 @@ def study(job: MetaJob, choices: Choices) -> dict[str, Any]:
     index, judge = next(iter(job.judges.items()))
     threshold = evaluate(judge, job.data.val, limit=choices.images).accuracy - choices.drop
     found: dict[int, list[Point]] = {}
-    with track("accuracy against speed-up", len(choices.checkpoints) * (choices.points + 1)) as advance:
+    axis = job.recipe.prune.measure
+    with track(f"accuracy against {axis}", len(choices.checkpoints) * (choices.points + 1)) as advance:
         for epoch in choices.checkpoints:
             model = job.rewritten(index, epoch, job.brief(choices.finetune_images))
             size = {"points": choices.points, "images": choices.images}
             found[epoch] = curve_of(job, model, job.cost(judge), advance, **size)
     turns = {epoch: turning_point(points, threshold) for epoch, points in found.items()}
     content = {
-        "axis": "speed-up" if job.recipe.prune.of_channels else "parameters left",
+        "axis": axis,
         "threshold": threshold,
         "images": min(choices.images, len(job.data.val)),
         "finetune_images": choices.finetune_images,

@@ -33,14 +33,13 @@ def curve(report: dict[str, Any], path: Path) -> Path:
     axes = figure.add_subplot()
     for name, points in report["curve"].items():
         axes.plot(*zip(*points, strict=True), marker="o", color=CURVES[name], label=name)
-    if "pattern" in report:
-        target = report["results"][0]["parameters"] / report["base"]["parameters"]
+    if weights := "pattern" in report:
+        target, goal = report["results"][0]["parameters"] / report["base"]["parameters"], report["goal"]
     else:
-        target = report["speed_up"]
-    goal = report["goal"] if "pattern" in report else f"{target:g}x"
+        target, goal = report["speed_up"], f"{report['speed_up']:g}x"
     axes.axvline(target, color="0.7", linestyle="--", label=f"target {goal}")
     axes.set_title(f"{report['recipe']}: pruned, not yet fine-tuned")
-    return _finish(figure, _against(axes, "pattern" in report), path)
+    return _finish(figure, _against(axes, weights), path)
 
 
 def curves(content: dict[str, Any], title: str, path: Path) -> Path:

@@ -200,7 +200,8 @@ class Criterion(Section):
 class Ranking(Section):
     """Which channels go first, and how many of a layer at most.
 
-    Patterns are those of `fnmatch` (`*` and `?`) over the qualified names of the layers that make channels.
+    Patterns are those of `fnmatch` (`*` and `?`) over the qualified names of the layers that make channels. Where
+    single weights go, `ranking`, `limits` and `keep` are of each layer's weights, and nothing else has a meaning.
     """
 
     steps: int = Field(default=200, ge=1, description="steps in which all channels would go; fewer are coarser")

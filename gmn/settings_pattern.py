@@ -29,6 +29,11 @@ class Removal(Section):
         return self.pattern == "channels"
 
     @property
+    def measure(self) -> str:
+        """What tells how small a network is."""
+        return "speed-up" if self.of_channels else "parameters left"
+
+    @property
     def n_of_m(self) -> tuple[int, int] | None:
         """N and M, where N of M weights stay.
 

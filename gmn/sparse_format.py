@@ -29,7 +29,11 @@ def semi_structured(model: nn.Module, *, keep: Sequence[str] = ()) -> nn.Module:
         PruningError: if a linear layer is not 2:4, there is none, or a pattern matches none.
         GmnError: if the device, the number format or torch lacks what is needed; it says which.
     """
-    layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
     dense = {name for pattern in keep for name in meant(pattern, layers, f"keep={pattern!r}", "linear layers")}
     names = [name for name in layers if name not in dense]
     if not names:
@@ -42,10 +46,6 @@ def semi_structured(model: nn.Module, *, keep: Sequence[str] = ()) -> nn.Module:
         layer = converted.get_submodule(name)
         layer.weight = nn.Parameter(_compressed(layer.weight, name), requires_grad=False)  # type: ignore[arg-type]
     return converted
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _refuse_dense(weight: Tensor, name: str) -> None:

@@ -47,7 +47,16 @@ class WeightMask:
 
     @contextmanager
     def held(self, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-        """Inside the block what went is zero, also after every step of the optimizer."""
+        """Inside the block what went is zero, also after every step of the optimizer.
+
+        Raises:
+            PruningError: if the mask is for another network.
+        """
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+        for name, keep in self.keep.items():
+            if shapes.get(name) != keep.shape:
+                expected, got = str(list(keep.shape)), str(list(shapes[name]) if name in shapes else None)
+                raise PruningError("the mask is for another network", expected=expected, got=got, where=name)
         self.apply(model)
         handle = optimizer.register_step_post_hook(lambda *_: self.apply(model))
         try:

@@ -192,4 +192,9 @@ def weight_scores(
     if score.needs_gradients and gradients is None:
         raise PruningError(f"the criterion {score.name!r} needs gradients", got="none", hint="pass data=")
     own = gradients or {}
-    return {name: score.energy(weight, own.get(name)) for name, weight in weights.items()}
+    energies = {name: score.energy(weight, own.get(name)) for name, weight in weights.items()}
+    for name, energy in energies.items():
+        if energy.shape != weights[name].shape or not bool(energy.isfinite().all()):
+            expected = "a finite number for every weight"
+            raise PruningError(f"scores of the criterion {score.name!r} do not rank", expected=expected, where=name)
+    return energies

@@ -326,6 +326,15 @@ def test_weights_that_come_back_before_training_are_set_to_zero(data: Data, mask
     assert all(bool((model.get_parameter(name)[~keep] == 0).all()) for name, keep in mask.keep.items())
 
 
+def test_a_mask_for_another_network_is_refused(data: Data, masked: Any) -> None:
+    _, mask = masked
+    wider = gmn.build_network(**{**RESNET, "options": {"width": 16, "shortcut": "B"}})
+    with pytest.raises(PruningError, match=r"for another network: expected \[8, 8, 3, 3\]; got \[16, 16, 3, 3\]"):
+        gmn.fit(wider, data.train, Fit(epochs=1, lr=0.1), mask=mask)
+    with pytest.raises(PruningError, match="got None; in layer1"):
+        gmn.fit(nn.Linear(2, 2), data.train, Fit(epochs=1, lr=0.1), mask=mask)
+
+
 def test_gradients_of_what_went_do_not_count_where_they_are_clipped(data: Data) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
