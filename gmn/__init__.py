@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from gmn.rules import Call, Converter, register_converter, register_function
     from gmn.scores import Score, register_criterion
     from gmn.settings import Criterion, Fit, Prune, Ranking
+    from gmn.sparse_format import semi_structured
     from gmn.training import evaluate, fit, recalibrate
+    from gmn.weight_masks import WeightMask
     from gmn.zoo import Zoo
 
 __version__ = "0.1.0"
@@ -58,6 +60,7 @@ __all__ = [
     "Result",
     "Score",
     "Voters",
+    "WeightMask",
     "Zoo",
     "build_network",
     "cost",
@@ -79,6 +82,7 @@ __all__ = [
     "register_function",
     "save_graph",
     "save_model",
+    "semi_structured",
     "to_graph",
     "to_model",
 ]
@@ -106,6 +110,7 @@ _HOMES = {
     "Result": "gmn.api",
     "Score": "gmn.scores",
     "Voters": "gmn.api",
+    "WeightMask": "gmn.weight_masks",
     "Zoo": "gmn.zoo",
     "build_network": "gmn.networks",
     "cost": "gmn.costs",
@@ -127,6 +132,7 @@ _HOMES = {
     "register_function": "gmn.rules",
     "save_graph": "gmn.graph_file",
     "save_model": "gmn.checkpoint",
+    "semi_structured": "gmn.sparse_format",
     "to_graph": "gmn.convert",
     "to_model": "gmn.convert",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from gmn.errors import CheckpointError, PruningError
 from gmn.gradients import gradients_for
 from gmn.metanetwork import MetaNetwork
 from gmn.neighbours import ranking
-from gmn.ranking import prune_to
 from gmn.reader import OnUnknown
 from gmn.recipe import checked
 from gmn.settings import Criterion, Fit, Prune, Ranking
 from gmn.similarity import similarity_by_name
 from gmn.training import evaluate, fit, recalibrate
 from gmn.vote_prune import vote_for
+from gmn.weight_masks import WeightMask, parameters_left
+from gmn.weight_ranking import prune_by_pattern
 from gmn.zoo import Zoo
 
 NETWORK = "network"
@@ -128,10 +130,18 @@ def metanetwork_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """A pruned network, and its numbers: FLOPs, parameters, speed-up, and accuracies if there was data."""
+    """A pruned network, and its numbers: FLOPs, parameters, speed-up, and accuracies if there was data.
+
+    Where single weights went, parameters are those that are not zero, `parameters_left` is their share, and `mask` says
+    which weights stay and which layers are dense: `gmn.fit(model, ..., mask=mask)` trains on.
+
+    >>> prune(nn.Linear(8, 3), torch.zeros(1, 8), pattern="2:4").report["parameters"]  # 12 weights and 3 biases
+    15
+    """
 
     model: nn.Module
     report: dict[str, float]
+    mask: WeightMask | None = None
 
 
 def prune(
@@ -140,6 +150,8 @@ def prune(
     *,
     meta: Meta | Voters | None = None,
     speed_up: float | None = None,
+    pattern: str = "channels",
+    sparsity: float | None = None,
     finetune: Fit | None = None,
     data: Data | None = None,
     augment: Augment | None = None,
@@ -156,11 +168,13 @@ def prune(
         example_inputs: What the network is run on to follow its channels and to count its FLOPs.
         meta: From `gmn.load`; None prunes directly. Of a zoo the tasks nearest to `data` vote on what stays of its
             network, which must be the model given here.
-        speed_up: FLOPs before / FLOPs after; default 2. A zoo has its own ratio.
+        speed_up: Of channels, FLOPs before / FLOPs after; default 2. A zoo has its own ratio.
+        pattern: "channels", or single weights, which become zero and stay so: "unstructured", or "N:M" such as "2:4".
+        sparsity: Of "unstructured", the share of the weights that goes; default 0.8.
         finetune: The fine-tuning after the metanetwork and the one after pruning; needs `data`; may distil from it.
         data: From `gmn.load_data`; also recalibrates batch norms (on `recalibrate_images` images) and evaluates.
         augment: Random changes of the training images.
-        criterion: How channels are scored: a `gmn.Criterion`, or its score, such as "taylor" (which needs `data`).
+        criterion: How what goes is scored: a `gmn.Criterion`, or its score, such as "taylor" (which needs `data`).
         on_unknown: See `gmn.to_graph`; "keep" never prunes around a layer without a rule.
         seed: Seed of the fine-tuning, and of what a criterion draws.
         options: Fields of `gmn.Ranking`: `max_ratio=0.8, keep=["layer1.*"], round_to=8, ranking="local"`, ...
@@ -172,35 +186,37 @@ def prune(
     """
     if finetune is not None and data is None:
         raise PruningError("fine-tuning needs data", hint="pass data=gmn.load_data(...)")
+    target = {"pattern": pattern, "sparsity": sparsity}
     if isinstance(meta, Voters):
-        _refuse_ranking(criterion, options)
+        _refuse_ranking(criterion, options | ({} if pattern == "channels" and sparsity is None else target))
         return _elected(meta, model, example_inputs, data, speed_up, finetune=finetune, augment=augment, seed=seed)
-    config = _target(speed_up, options)
+    config = _target(speed_up, target, options)
     own = (Criterion(score=criterion) if isinstance(criterion, str) else criterion or Criterion()).seeded(seed)
     graph = to_graph(model, example_inputs, on_unknown=on_unknown)
     data = None if data is None else data.to(graph.node_features.device)
-
-    def tune(network: nn.Module, title: str) -> None:
-        if data is not None and finetune is not None:
-            fit(network, data.train, finetune, seed=seed, augment=augment, title=title, teacher=model)
-
+    tune = partial(_tuned, data=data, finetune=finetune, seed=seed, augment=augment, teacher=model)
     current = model
     if meta is not None:
-        current = meta.rewrite(model, example_inputs, on_unknown=on_unknown)
-        tune(current, "fine-tuning after the metanetwork")
+        current = tune(meta.rewrite(model, example_inputs, on_unknown=on_unknown), "after the metanetwork")
     gradients = None if data is None else gradients_for(own, current, data.train, seed=seed)
-    pruned = prune_to(current, graph, example_inputs, config, own, gradients=gradients)
+    pruned = prune_by_pattern(current, graph, example_inputs, config, own, gradients=gradients)
     if data is not None:
         recalibrate(pruned.model, data.train, recalibrate_images, seed=seed)
-    tune(pruned.model, "fine-tuning after pruning")
-    return _result(pruned.model, pruned.before, example_inputs, data)
+    tune(pruned.model, "after pruning", mask=pruned.weights)
+    return _result(pruned.model, pruned.before, example_inputs, data, pruned.weights)
 
 
-def _target(speed_up: float | None, options: dict[str, Any]) -> Prune:
-    speed_up = 2.0 if speed_up is None else speed_up
-    if speed_up <= 1:
+def _tuned(model: nn.Module, when: str, *, data: Data | None, finetune: Fit | None, **options: Any) -> nn.Module:
+    if data is not None and finetune is not None:
+        fit(model, data.train, finetune, title=f"fine-tuning {when}", **options)
+    return model
+
+
+def _target(speed_up: float | None, pattern: dict[str, Any], options: dict[str, Any]) -> Prune:
+    if speed_up is not None and speed_up <= 1:
         raise PruningError("nothing to aim at", expected="speed_up above 1", got=f"speed_up={speed_up:g}")
-    return Prune(speed_up=speed_up, **checked(Ranking, options, "gmn.prune").model_dump())
+    checked(Ranking, options, "gmn.prune")  # of a recipe's section only these are arguments
+    return checked(Prune, {"speed_up": speed_up, **pattern, **options}, "gmn.prune")
 
 
 def _refuse_ranking(criterion: Criterion | str | None, options: dict[str, Any]) -> None:
@@ -223,9 +239,14 @@ def _elected(
     return _result(voters.elect(data, **options), cost(model, example_inputs), example_inputs, data)
 
 
-def _result(model: nn.Module, before: Cost, example_inputs: Any, data: Data | None) -> Result:
+def _result(
+    model: nn.Module, before: Cost, example_inputs: Any, data: Data | None, mask: WeightMask | None = None
+) -> Result:
     after = cost(model, example_inputs)
     report = {"flops": after.flops, "parameters": after.parameters, "speed_up": before.flops / after.flops}
+    if mask is not None:
+        left = parameters_left(model, mask.keep)
+        report |= {"parameters": left, "parameters_left": left / before.parameters}
     if data is not None:
         report["validation_accuracy"] = evaluate(model, data.val).accuracy
-    return Result(model.eval(), report)
+    return Result(model.eval(), report, mask)

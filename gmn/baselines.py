@@ -25,7 +25,7 @@ from torch import nn
 from gmn.budget import merged
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_model
-from gmn.costs import Cost, cost
+from gmn.costs import Cost
 from gmn.library_pruner import prune_with
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
@@ -33,6 +33,7 @@ from gmn.settings import Fit
 from gmn.stages import stage
 from gmn.trace import clone
 from gmn.training import evaluate, recalibrate
+from gmn.weight_masks import WeightMask
 
 Regularize = Callable[[], None]
 
@@ -62,8 +63,8 @@ class Trial:
     speed_up: float | None = None
 
     @property
-    def target(self) -> float:
-        """The speed-up to prune to."""
+    def target(self) -> float | None:
+        """The speed-up to prune to; None where single weights go."""
         return self.speed_up or self.job.recipe.prune.speed_up
 
     @property
@@ -87,12 +88,12 @@ class Trial:
 
     @property
     def _several(self) -> bool:
-        return len(self.job.recipe.speed_ups) > 1
+        return len(self.job.recipe.targets) > 1
 
     @cached_property
     def before(self) -> Cost:
         """What the speed-up counts from."""
-        return cost(self.base, self.job.example)
+        return self.job.cost(self.base)
 
     @property
     def whole_budget(self) -> Fit:
@@ -124,31 +125,33 @@ class Trial:
         self.stages.update(load_json(self.first / "model.json")["stages"])
         return load_model(self.first).to(self.job.device)
 
-    def prune(self, model: nn.Module, *, chance: int | None = None) -> nn.Module:
-        """The smaller network, with our scores, or by a random ranking of that seed."""
+    def prune_and_end(self, model: nn.Module, settings: Fit | None = None, *, chance: int | None = None) -> nn.Module:
+        """Prune with our scores, or by a random ranking of that seed; then the last fine-tuning."""
         with self._stage("pruning", speed_up=self.target):
-            return self.job.prune(model, self.target, self.before, chance=chance).model
+            pruned = self.job.prune(model, self.target, self.before, chance=chance)
+        return self.end(pruned.model, settings, pruned.weights)
 
     def prune_with_library(self, model: nn.Module, *, sparse: bool = False) -> nn.Module:
         """The network, pruned in place with torch-pruning's scores."""
         recipe = self.job.recipe
+        assert self.target is not None  # recipes refuse these rows with other patterns
         with self._stage("pruning", speed_up=self.target):
             pruner = self.job.library_pruner(model, sparse=sparse)
             model = prune_with(pruner, self.job.example, self.target, self.before)
             recalibrate(model, self.job.data.train, recipe.prune.recalibrate, seed=recipe.seed)
         return model
 
-    def end(self, model: nn.Module, settings: Fit | None = None) -> nn.Module:
-        """The last fine-tuning, of a pruned network; default: the recipe's."""
+    def end(self, model: nn.Module, settings: Fit | None = None, mask: WeightMask | None = None) -> nn.Module:
+        """The last fine-tuning, of a pruned network; default: the recipe's. What the mask drops stays zero."""
         where = f", {self.target:g}x" if self._several else ""
         title = f"{self.row} seed {self.seed}{where}: fine-tuning after pruning"
         settings = settings or self.job.recipe.finetune.after_prune
         self._noted("pruned", model)
         with self._stage("last fine-tuning", speed_up=self.target):
-            self.job.fit(model, settings, 600 + self.seed, title, teacher=self.base)
+            self.job.fit(model, settings, 600 + self.seed, title, teacher=self.base, mask=mask)
         return model
 
-    def _stage(self, name: str, **labels: float) -> AbstractContextManager[object]:
+    def _stage(self, name: str, **labels: float | None) -> AbstractContextManager[object]:
         return stage(self.job.run.log, name, row=self.row, seed=self.seed, **labels)
 
     def _noted(self, stage: str, model: nn.Module) -> nn.Module:
@@ -180,7 +183,7 @@ def sparse(trial: Trial) -> nn.Module:
 
         return trial.tune(model, regularize)
 
-    return trial.end(trial.prune(trial.once(train)))
+    return trial.prune_and_end(trial.once(train))
 
 
 def torch_pruning_sparse(trial: Trial) -> nn.Module:
@@ -196,12 +199,12 @@ def torch_pruning_sparse(trial: Trial) -> nn.Module:
 
 def direct(trial: Trial) -> nn.Module:
     """Everything after pruning."""
-    return trial.end(trial.prune(trial.base), trial.whole_budget)
+    return trial.prune_and_end(trial.base, trial.whole_budget)
 
 
 def random(trial: Trial) -> nn.Module:
     """As `direct`, by chance."""
-    return trial.end(trial.prune(trial.base, chance=trial.job.seed(700 + trial.seed)), trial.whole_budget)
+    return trial.prune_and_end(trial.base, trial.whole_budget, chance=trial.job.seed(700 + trial.seed))
 
 
 def torch_pruning(trial: Trial) -> nn.Module:
@@ -210,7 +213,7 @@ def torch_pruning(trial: Trial) -> nn.Module:
 
 
 def _schedule(trial: Trial, metanetwork: MetaNetwork | None) -> nn.Module:
-    return trial.end(trial.prune(trial.once(lambda: trial.tune(trial.begin(metanetwork)))))
+    return trial.prune_and_end(trial.once(lambda: trial.tune(trial.begin(metanetwork))))
 
 
 ROWS: dict[str, Callable[[Trial], nn.Module]] = {

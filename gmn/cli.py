@@ -58,9 +58,12 @@ def meta_train(
 
 
 PRUNE = "gmn prune my.yaml --meta runs/quickstart"
+WEIGHTS = f"{PRUNE} --set prune.pattern=2:4 --set prune.speed_up=null"
 
 
-@app.command(epilog=f"Examples:  {PRUNE} --set prune.speed_up=3   |   {PRUNE} --set criterion.score=taylor")
+@app.command(
+    epilog=f"Examples:  {PRUNE} --set prune.speed_up=3   |   {PRUNE} --set criterion.score=taylor   |   {WEIGHTS}"
+)
 def prune(
     recipe: RecipeArgument,
     meta: Annotated[Path, typer.Option("--meta", help="A run folder, a saved metanetwork or a zoo.")],
@@ -108,7 +111,7 @@ FinetuneOption = Annotated[int, typer.Option("--finetune-images", min=0, help="B
 def curve(
     run: RunArgument,
     checkpoints: Annotated[str | None, typer.Option("--checkpoints", help="0: none. Default: 0, best, last")] = None,
-    points: Annotated[int, typer.Option("--points", min=2, help="Speed-ups of each curve.")] = 12,
+    points: Annotated[int, typer.Option("--points", min=2, help="Points of a curve; N:M has M of its own.")] = 12,
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many validation images a point.")] = 2000,
     drop: Annotated[float, typer.Option("--drop", min=0, help="Accuracy lost at the turning point.")] = 0.02,
     finetune_images: FinetuneOption = 0,

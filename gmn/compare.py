@@ -18,7 +18,7 @@ from gmn.baselines import ROWS, Trial
 from gmn.budget import budget
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_model, save_json, save_model
-from gmn.costs import Cost, cost, latency
+from gmn.costs import Cost, latency
 from gmn.curve import POINTS, curve_of
 from gmn.gradients import loss_gradients
 from gmn.meta_job import MetaJob
@@ -51,22 +51,22 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
             for row in rows
             for seed in range(recipe.report.seeds)
         ]
-        for speed_up in recipe.speed_ups
+        for speed_up in recipe.targets
     }
     tables = {speed_up: _table(job, base, of_speed_up) for speed_up, of_speed_up in trials.items()}
     main = tables.pop(recipe.prune.speed_up)
     report = {
         "recipe": recipe.name,
         "seen": seen,
-        "speed_up": main["speed_up"],
+        **_target(job, recipe.prune.speed_up),
         "validation_images": len(job.data.val),
         "test_images": len(job.data.test),
         "initial_speed_up": job.initial_speed_up,
         "finetune_images": budget(recipe, len(job.data.train)),
-        "base": _measure(job, base, cost(base, job.example)),
+        "base": _measure(job, base, job.cost(base)),
         "results": main["results"],
         "latency": main["latency"],
-        "curve": _curve(job, cost(base, job.example), _before_pruning(trials[recipe.prune.speed_up])),
+        "curve": _curve(job, job.cost(base), _before_pruning(trials[recipe.prune.speed_up])),
         "select": list(job.run.events("select")),
         "meta_train": list(job.run.events("meta-train")),
         **({"further": list(tables.values())} if tables else {}),
@@ -77,6 +77,19 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
     return report
 
 
+def _target(job: MetaJob, speed_up: float | None) -> dict[str, Any]:
+    """What the networks were pruned to: a speed-up, or a pattern of weights and the layers that it leaves dense."""
+    settings = job.recipe.prune
+    if settings.of_channels:
+        return {"speed_up": speed_up}
+    return {**_pattern(job), "goal": settings.goal, "dense": job.dense}
+
+
+def _pattern(job: MetaJob) -> dict[str, str]:
+    """What `model.json` says of a network in which single weights are zero."""
+    return {} if job.recipe.prune.of_channels else {"pattern": job.recipe.prune.pattern}
+
+
 def _initial(job: MetaJob) -> bool:
     settings = job.recipe.data_models
     return settings.initial_speed_up != 1 or settings.initial_fit is not None
@@ -85,7 +98,7 @@ def _initial(job: MetaJob) -> bool:
 def _table(job: MetaJob, base: nn.Module, trials: list[Trial]) -> dict[str, Any]:
     """All rows at one speed-up."""
     results = [_result(job, trial) for trial in trials]
-    return {"speed_up": trials[0].target, "results": results, "latency": _latency(job, base, trials)}
+    return {**_target(job, trials[0].target), "results": results, "latency": _latency(job, base, trials)}
 
 
 def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
@@ -93,7 +106,7 @@ def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
     folder = trial.folder
     if not (folder / "model.json").is_file():
         model = ROWS.get(trial.row, ROWS["metanetwork"])(trial)
-        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages}
+        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages, **_pattern(job)}
         facts = {**about, **_measure(job, model, trial.before)}
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.log("result", **facts)
@@ -102,7 +115,7 @@ def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
 
 
 def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:
-    after = cost(model, job.example)
+    after = job.cost(model)
     return {
         "validation_accuracy": evaluate(model, job.data.val).accuracy,
         "test_accuracy": evaluate(model, job.data.test).accuracy,
@@ -139,7 +152,7 @@ def _curve(
     job: MetaJob, before: Cost, networks: dict[str, Callable[[], nn.Module]]
 ) -> dict[str, list[tuple[float, float]]]:
     """Validation accuracy against speed-up, without fine-tuning, batch norms recalibrated."""
-    with track("accuracy against speed-up", len(networks) * (POINTS + 1)) as advance:
+    with track(f"accuracy against {job.recipe.prune.measure}", len(networks) * (POINTS + 1)) as advance:
         return {name: curve_of(job, make(), before, advance) for name, make in networks.items()}
 
 
@@ -158,7 +171,9 @@ def tables_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     >>> [table["results"] for table in tables_of({"speed_up": 3, "results": [], "further": [{"speed_up": 2}]})]
     [[], []]
     """
-    return sorted(({**report, **own} for own in ({}, *report.get("further", []))), key=lambda own: own["speed_up"])
+    return sorted(
+        ({**report, **own} for own in ({}, *report.get("further", []))), key=lambda own: own.get("speed_up") or 0
+    )
 
 
 def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:

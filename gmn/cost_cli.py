@@ -13,7 +13,7 @@ from gmn.cli_options import numbers
 from gmn.convert_cli import wide_console
 from gmn.errors import CheckpointError
 from gmn.recipe import load_recipe
-from gmn.report import title
+from gmn.report import row_title
 from gmn.run import open_run
 from gmn.run_cost import account
 from gmn.settings import Recipe
@@ -76,7 +76,7 @@ def pruning(content: dict[str, Any]) -> Table:
         own = [*where, _minutes(entry["seconds"]), *_memory(entry, gpu)]
         for way, seconds in (entry["amortised"] or {"all": {}}).items():
             shares = [_minutes(seconds[count]) if seconds else "?" for count in counts]
-            table.add_row(f"{title(entry['row'])}{WAYS[way]}", *own, *shares)
+            table.add_row(f"{row_title(entry['row'])}{WAYS[way]}", *own, *shares)
     return table
 
 
@@ -89,7 +89,7 @@ def even(content: dict[str, Any]) -> Table | None:
         for way, against in entry["break_even"].items():
             for row, count in against.items():
                 if count is not None:
-                    table.add_row(f"{title(entry['row'])}{WAYS[way]}", *where, title(row), f"{count:,}")
+                    table.add_row(f"{row_title(entry['row'])}{WAYS[way]}", *where, row_title(row), f"{count:,}")
     return table if table.row_count else None
 
 

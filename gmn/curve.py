@@ -1,13 +1,14 @@
 """Accuracy against speed-up: prune a little, evaluate without fine-tuning, repeat (GMN, section 4).
 
 The flatter the curve, the easier a network is to prune. Its turning point is the speed-up at which accuracy falls
-under a threshold. Validation images only, batch norms recalibrated as the recipe says.
+under a threshold. Validation images only, batch norms recalibrated as the recipe says. Where single weights go, the
+share of the parameters that is left stands in place of the speed-up; of N:M there are M points: all, M - 1 of M, ...
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from gmn.checkpoint import save_json
-from gmn.costs import Cost, cost
+from gmn.costs import Cost
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.progress import Advance, track
@@ -42,26 +43,44 @@ class Choices:
 def curve_of(
     job: MetaJob, model: nn.Module, before: Cost, advance: Advance, *, points: int = POINTS, images: int = IMAGES
 ) -> list[Point]:
-    """(speed-up, validation accuracy) of the whole network, and with `points` masks down to the last one."""
+    """(speed-up, validation accuracy) of the whole network, and with `points` masks down to the last one.
+
+    Where single weights go, (share of the parameters that is left, validation accuracy).
+    """
+    own, channels = job.recipe, job.recipe.prune.of_channels
+    found: list[Point] = []
+    for smaller in itertools.chain([clone(model)], (_cut if channels else _masked)(job, model, points)):
+        recalibrate(smaller, job.data.train, own.prune.recalibrate, seed=own.seed)
+        accuracy, after = evaluate(smaller, job.data.val, limit=images).accuracy, job.cost(smaller)
+        place = before.flops / after.flops if channels else after.parameters / before.parameters
+        found.append((place, accuracy))
+        advance(f"{place:.1f}x: {accuracy:.1%}" if channels else f"{place:.1%} left: {accuracy:.1%}")
+    return found
+
+
+def _cut(job: MetaJob, model: nn.Module, points: int) -> Iterator[nn.Module]:
     graph = job.graph(model)
     coupled = settled(model, graph.spec, job.example)
-    masks, own = job.masks(model, graph.spec, coupled), job.recipe
-    found: list[Point] = []
-    chosen = torch.linspace(0, len(masks) - 1, points).round().int().tolist()
-    cuts = (remove(model, graph.spec, masks[number], job.example, coupled=coupled) for number in chosen)
-    for smaller in itertools.chain([clone(model)], cuts):
-        recalibrate(smaller, job.data.train, own.prune.recalibrate, seed=own.seed)
-        accuracy = evaluate(smaller, job.data.val, limit=images).accuracy
-        found.append((before.flops / cost(smaller, job.example).flops, accuracy))
-        advance(f"{found[-1][0]:.1f}x: {accuracy:.1%}")
-    return found
+    masks = job.masks(model, graph.spec, coupled)
+    for number in torch.linspace(0, len(masks) - 1, points).round().int().tolist():
+        yield remove(model, graph.spec, masks[number], job.example, coupled=coupled)
+
+
+def _masked(job: MetaJob, model: nn.Module, points: int) -> Iterator[nn.Module]:
+    for mask in job.weight_masks(model, points):
+        mask.apply(smaller := clone(model))
+        yield smaller
 
 
 def turning_point(points: Sequence[Point], threshold: float) -> float | None:
     """The speed-up at which accuracy first falls under a threshold, on straight lines between points; None: nowhere.
 
+    Where points say what is left, the share that is left there.
+
     >>> turning_point([(1.0, 0.9), (2.0, 0.8), (4.0, 0.4)], 0.6)
     3.0
+    >>> turning_point([(1.0, 0.9), (0.5, 0.8), (0.25, 0.4)], 0.6)
+    0.375
     >>> turning_point([(1.0, 0.9), (2.0, 0.8)], 0.6) is None
     True
     """
@@ -89,13 +108,15 @@ def study(job: MetaJob, choices: Choices) -> dict[str, Any]:
     index, judge = next(iter(job.judges.items()))
     threshold = evaluate(judge, job.data.val, limit=choices.images).accuracy - choices.drop
     found: dict[int, list[Point]] = {}
-    with track("accuracy against speed-up", len(choices.checkpoints) * (choices.points + 1)) as advance:
+    axis = job.recipe.prune.measure
+    with track(f"accuracy against {axis}", len(choices.checkpoints) * (choices.points + 1)) as advance:
         for epoch in choices.checkpoints:
             model = job.rewritten(index, epoch, job.brief(choices.finetune_images))
             size = {"points": choices.points, "images": choices.images}
-            found[epoch] = curve_of(job, model, cost(judge, job.example), advance, **size)
+            found[epoch] = curve_of(job, model, job.cost(judge), advance, **size)
     turns = {epoch: turning_point(points, threshold) for epoch, points in found.items()}
     content = {
+        "axis": axis,
         "threshold": threshold,
         "images": min(choices.images, len(job.data.val)),
         "finetune_images": choices.finetune_images,

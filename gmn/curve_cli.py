@@ -34,7 +34,7 @@ def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -
     epoch, probes = checkpoint_search.search(job, min_accuracy, finetune_images=finetune_images)
     title = f"{job.recipe.name}: validation accuracy, {finetune_images:,} fine-tuning images"
     table = Table(title=title, caption="in the order of the search")
-    for name in ("checkpoint", "fine-tuned %", f"pruned {job.recipe.prune.speed_up:g}x %"):
+    for name in ("checkpoint", "fine-tuned %", f"pruned {job.recipe.prune.goal} %"):
         table.add_column(name, justify="right")
     for probe in probes:
         table.add_row(str(probe.epoch), f"{100 * probe.accuracy:.2f}", f"{100 * probe.pruned:.2f}")
@@ -57,7 +57,11 @@ def _usual(job: MetaJob) -> list[int]:
 
 
 def _show(content: dict[str, Any]) -> None:
-    title = f"speed-up at which accuracy falls under {100 * content['threshold']:.1f} % (validation, not fine-tuned)"
+    weights = content["axis"] != "speed-up"
+    place = lambda value: f"{value:.1%}" if weights else f"{value:.2f}x"  # noqa: E731
+    title = (
+        f"{content['axis']} where accuracy falls under {100 * content['threshold']:.1f} % (validation, not fine-tuned)"
+    )
     table = Table(title=title)
     for name in ("checkpoint", "turning point", "most", "accuracy there %"):
         table.add_column(name, justify="right")
@@ -65,8 +69,8 @@ def _show(content: dict[str, Any]) -> None:
         turn, last = entry["turning_point"], entry["points"][-1]
         table.add_row(
             str(entry["checkpoint"]),
-            f"{turn:.2f}x" if turn else "not reached",
-            f"{last[0]:.1f}x",
+            place(turn) if turn else "not reached",
+            f"{last[0]:.1%}" if weights else f"{last[0]:.1f}x",
             f"{100 * last[1]:.1f}",
         )
     Console().print(table)

@@ -7,7 +7,7 @@ residual stream any layer that writes to it, of attention heads the projections 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 
 import torch
@@ -70,15 +70,29 @@ def described(config: Ranking) -> str:
     return ", ".join([f"prune.max_ratio {config.max_ratio:g}", *own, *multiples])
 
 
+def asked(config: Ranking) -> list[tuple[str, float, str]]:
+    """Every pattern, the share that may go of what it means, and where that stands."""
+    limits = [(pattern, ratio, f"prune.limits {pattern!r}: {ratio:g}") for pattern, ratio in config.limits.items()]
+    return limits + [(pattern, 0.0, f"prune.keep {pattern!r}") for pattern in config.keep]
+
+
+def meant(pattern: str, layers: Collection[str], where: str, what: str = "layers that make channels") -> list[str]:
+    """The layers that a pattern means; PruningError, which says what layers they are, if it matches none.
+
+    >>> meant("layer?.*", ["conv1", "layer1.conv1"], "prune.keep")
+    ['layer1.conv1']
+    """
+    names = [name for name in layers if fnmatchcase(name, pattern)]
+    if not names:
+        near = nearest(pattern, layers) or f"{what}: {', '.join(list(layers)[:5])}, ..."
+        raise PruningError("the pattern matches no layer", expected=f"one of the {what}", got=where, hint=near)
+    return names
+
+
 def _matches(spec: GraphSpec, coupled: Couplings, config: Ranking) -> Iterator[tuple[int, float, str]]:
     """Every group that a pattern means, with the ratio and where that stands."""
-    asked = [(pattern, ratio, f"prune.limits {pattern!r}: {ratio:g}") for pattern, ratio in config.limits.items()]
-    asked += [(pattern, 0.0, f"prune.keep {pattern!r}") for pattern in config.keep]
-    made = makers(spec, coupled) if asked else {}
-    for pattern, ratio, where in asked:
-        names = [name for name in made if fnmatchcase(name, pattern)]
-        if not names:
-            near = nearest(pattern, made) or f"layers that make channels: {', '.join(list(made)[:5])}, ..."
-            raise PruningError("the pattern matches no layer that makes channels", got=where, hint=near)
-        for group in sorted({group for name in names for group in made[name]}):
+    patterns = asked(config)
+    made = makers(spec, coupled) if patterns else {}
+    for pattern, ratio, where in patterns:
+        for group in sorted({group for name in meant(pattern, made, where) for group in made[name]}):
             yield group, ratio, where

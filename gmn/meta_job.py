@@ -37,18 +37,25 @@ from gmn.limits import kept_whole
 from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
-from gmn.ranking import Pruned, masks_of, prune_to
+from gmn.ranking import Pruned, masks_of
 from gmn.run import Run
 from gmn.settings import Criterion, Fit, Recipe
 from gmn.stages import stage
 from gmn.trace import clone
 from gmn.training import evaluate, make_optimizer, recalibrate
 from gmn.vote import prior
+from gmn.weight_masks import WeightMask, WeightSparsity, parameters_left, reasons
+from gmn.weight_ranking import Prunable, prune_by_pattern, weight_ladder
 from gmn.zoo import Zoo
 
 
 class MetaJob(Job):
-    """A metanetwork recipe at work in a run folder."""
+    """A metanetwork recipe at work in a run folder.
+
+    Attributes:
+        axes: Where single weights go, the names of those that may, with the axis of their inputs.
+        dense: The layers that lose none, with the reason.
+    """
 
     def __init__(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> None:
         if not learnt:  # meta-training has a sparsity loss
@@ -78,13 +85,25 @@ class MetaJob(Job):
         for label, (metanetwork, layout) in self.further.items():
             with named(label):
                 metanetwork.check(self.graph(model, layout).spec)
-        targets, initial = self.recipe.speed_ups, self.recipe.data_models.initial_speed_up
-        if any(row.startswith("torch-pruning") for row in self.recipe.report.baselines):
-            prune_with(self.library_pruner(clone(model)), self.example, targets[-1], before)
+        targets, initial = self.recipe.targets, self.recipe.data_models.initial_speed_up
+        most = targets[-1]
+        if most is not None and any(row.startswith("torch-pruning") for row in self.recipe.report.baselines):
+            prune_with(self.library_pruner(clone(model)), self.example, most, before)
         if initial != "auto" and initial > 1:  # what auto may find lies on the way to the target
             model = self._cut(model, initial).model
         for target in targets:
             self._cut(model, target, before)
+        self.axes, self.dense = {}, {}
+        if not self.recipe.prune.of_channels:
+            found = Prunable.of(model, self.graph(model).spec, self.recipe.prune)
+            self.axes, self.dense = found.axes, found.dense
+        if self.dense:
+            say(f"stay dense: {reasons(self.dense)}")
+
+    def cost(self, model: nn.Module) -> Cost:
+        """What a network costs; where single weights go, with the parameters that are not zero."""
+        whole = cost(model, self.example)
+        return dataclasses.replace(whole, parameters=parameters_left(model, self.axes)) if self.axes else whole
 
     # -- networks ------------------------------------------------------------------------------------------------------
 
@@ -118,7 +137,8 @@ class MetaJob(Job):
 
     def _find_initial(self, model: nn.Module, index: int) -> float:
         """The largest speed-up of a grid after which the network is as accurate on the validation images as before."""
-        settings, target = self.recipe.data_models, self.recipe.speed_ups[0]
+        settings, target = self.recipe.data_models, self.recipe.targets[0]
+        assert target is not None  # recipes refuse other patterns with an initial pruning
         before = evaluate(model, self.data.val).accuracy
 
         def accepts(speed_up: float) -> bool:
@@ -154,13 +174,15 @@ class MetaJob(Job):
         numbers = range(learners, learners + held_out) if held_out else range(learners)
         return {index: self.data_model(index) for index in numbers}
 
-    def _cut(self, model: nn.Module, speed_up: float, before: Cost | None = None, chance: int | None = None) -> Pruned:
+    def _cut(
+        self, model: nn.Module, speed_up: float | None, before: Cost | None = None, chance: int | None = None
+    ) -> Pruned:
         settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
         if chance is None:
             known = self._known(model)
-            return prune_to(model, graph, self.example, settings, self.criterion, before=before, **known)
+            return prune_by_pattern(model, graph, self.example, settings, self.criterion, before=before, **known)
         blind, own = settings.model_copy(update={"per_flop": False}), Criterion(score="random", normalize="none")
-        return prune_to(model, graph, self.example, blind, own.seeded(chance), before=before)
+        return prune_by_pattern(model, graph, self.example, blind, own.seeded(chance), before=before)
 
     def _known(self, model: nn.Module) -> dict[str, Any]:
         """What the ranking of a network's channels may look at beside its weights."""
@@ -171,6 +193,11 @@ class MetaJob(Job):
         """Masks with fewer and fewer channels, down to the recipe's limits."""
         known = self._known(model)
         return masks_of(model, spec, coupled, self.example, self.recipe.prune, self.criterion, **known)
+
+    def weight_masks(self, model: nn.Module, points: int) -> list[WeightMask]:
+        """Masks with fewer and fewer single weights, of a recipe that prunes such."""
+        spec, gradients = self.graph(model).spec, self._known(model)["gradients"]
+        return list(weight_ladder(model, spec, self.recipe.prune, self.criterion, gradients, points=points))
 
     @cached_property
     def prior(self) -> Tensor | None:
@@ -190,9 +217,12 @@ class MetaJob(Job):
         return library_pruner(model, self.graph(model).spec, self.example, self.recipe.prune, sparse=sparse)
 
     def prune(
-        self, model: nn.Module, speed_up: float, before: Cost | None = None, *, chance: int | None = None
+        self, model: nn.Module, speed_up: float | None, before: Cost | None = None, *, chance: int | None = None
     ) -> Pruned:
-        """Prune to a speed-up and recompute the batch norms' statistics; `chance`: by a random ranking of that seed."""
+        """Prune to a speed-up, or single weights as the recipe says, and recompute the batch norms' statistics.
+
+        `chance`: by a random ranking of that seed.
+        """
         pruned = self._cut(model, speed_up, before, chance)
         recalibrate(pruned.model, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
         return pruned
@@ -202,6 +232,8 @@ class MetaJob(Job):
     def subject(self, model: nn.Module) -> DataModel:
         """A data model with its graph and its scores' bookkeeping."""
         graph = self.graph(model)
+        if not self.recipe.prune.of_channels:
+            return DataModel(model, graph, WeightSparsity(self.axes, self.recipe.prune.n_of_m))
         coupled = kept_whole(graph.spec, couplings(graph.spec), self.recipe.prune)
         importance = Importance(graph.spec, coupled, self.criterion)
         return DataModel(model, graph, importance)
@@ -324,8 +356,8 @@ class MetaJob(Job):
 
     def pruned_to_target(self, model: nn.Module) -> nn.Module:
         """A data model pruned as far as the recipe says; its initial pruning lies behind it."""
-        target = self.recipe.prune.speed_up / self.initial_speed_up
-        return self.prune(model, max(target, 1.01)).model
+        target = self.recipe.prune.speed_up
+        return self.prune(model, target and max(target / self.initial_speed_up, 1.01)).model
 
     def rewrite(self, model: nn.Module, metanetwork: MetaNetwork | None, layout: Layout) -> nn.Module:
         """Network -> graph -> metanetwork -> graph -> network.

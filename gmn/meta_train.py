@@ -8,8 +8,9 @@ the new parameters are summed first (equal by linearity).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from gmn.criteria import Importance
 from gmn.data import Augment, Split
 from gmn.fit_options import Batch, answer, distilled
 from gmn.graph import NetworkGraph
@@ -27,13 +27,21 @@ from gmn.settings import MetaTrain
 from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
 
 
+class Sparsity(Protocol):
+    """What has a sparsity loss: `gmn.Importance` of channels, `gmn.weight_masks.WeightSparsity` of single weights."""
+
+    def sparsity_loss(self, state: Mapping[str, Tensor], *, scale_invariant: bool = False) -> Tensor:
+        """A scalar, differentiable in the parameters."""
+        ...
+
+
 @dataclass(frozen=True)
 class DataModel:
     """A network to learn on, with what stays the same over all steps: its graph and the scores' bookkeeping."""
 
     model: nn.Module
     graph: NetworkGraph
-    importance: Importance
+    importance: Sparsity
 
 
 def meta_step(

@@ -57,12 +57,12 @@ def curve(report: dict[str, Any], path: Path) -> Path:
             colour = CURVES.get(name) or own[name.removeprefix("with ")]["color"]
             style = {"color": colour, "label": name, "marker": "" if tuned else "o", "linestyle": ":" if tuned else "-"}
         axes.plot(*zip(*points, strict=True), **style)
+    weights = "pattern" in report
     for place, part in enumerate(parts := tables_of(report)):
-        label = None if place else f"target {targets(parts)}"
-        axes.axvline(part["speed_up"], color="0.7", linestyle="--", label=label)
-    axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
+        aim = report["results"][0]["parameters"] / report["base"]["parameters"] if weights else part["speed_up"]
+        axes.axvline(aim, color="0.7", linestyle="--", label=None if place else f"target {targets(parts)}")
     axes.set_title(f"{report['recipe']}: pruned, not yet fine-tuned{' after it' if tuned else ''}")
-    return _finish(figure, _speed_ups(axes), path, **(OUTSIDE if tuned else {}))
+    return _finish(figure, _against(axes, weights), path, **(OUTSIDE if tuned else {}))
 
 
 def curves(content: dict[str, Any], title: str, path: Path) -> Path:
@@ -78,28 +78,40 @@ def curves(content: dict[str, Any], title: str, path: Path) -> Path:
             axes.plot(entry["turning_point"], content["threshold"], marker="D", color=colour)
     axes.axhline(content["threshold"], color="0.7", linestyle="--", label=f"{content['threshold']:.1%}")
     tuned = f", {content['finetune_images']:,} images of fine-tuning" if content["finetune_images"] else ""
-    axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
     axes.set_title(f"{title}: how easy to prune{tuned}")
-    return _finish(figure, _speed_ups(axes), path)
+    return _finish(figure, _against(axes, content["axis"] != "speed-up"), path)
 
 
-def _speed_ups(axes: Any) -> Any:
-    axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([1, 1.5, 2, 3, 4, 6, 8, 12, 16]))
+def _against(axes: Any, weights: bool) -> Any:
+    """Accuracy against the speed-up, or against the parameters that are left where single weights go."""
+    axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="validation accuracy", xscale="log")
+    ticks, form = [1, 1.5, 2, 3, 4, 6, 8, 12, 16], matplotlib.ticker.FormatStrFormatter("%gx")
+    if weights:
+        axes.set(xlabel="parameters left (not zero / all)")
+        axes.invert_xaxis()  # as with speed-ups, what is smaller lies to the right
+        ticks, form = [1, 0.75, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02], matplotlib.ticker.PercentFormatter(1.0)
+    axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
+    axes.xaxis.set_major_formatter(form)
     return axes
 
 
+def size(report: dict[str, Any]) -> str:
+    """What networks are drawn against: FLOPs, or the parameters that are not zero where single weights go."""
+    return "parameters" if "pattern" in report else "FLOPs"
+
+
 def accuracy(report: dict[str, Any], path: Path) -> Path:
-    """Test accuracy of every finished network against its FLOPs, a point per seed."""
+    """Test accuracy of every finished network against its size, a point per seed."""
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.scatter(report["base"]["flops"], report["base"]["test_accuracy"], color=COLOURS["base"], label="base")
+    axes, key = figure.add_subplot(), size(report).lower()
+    label = {"flops": "FLOPs (multiply-adds)", "parameters": "parameters that are not zero"}[key]
+    axes.scatter(report["base"][key], report["base"]["test_accuracy"], color=COLOURS["base"], label="base")
     results, own = [result for part in tables_of(report) for result in part["results"]], styles(report)
     for row in dict.fromkeys(result["row"] for result in results):
-        points = [(r["flops"], r["test_accuracy"]) for r in results if r["row"] == row]
+        points = [(r[key], r["test_accuracy"]) for r in results if r["row"] == row]
         axes.scatter(*zip(*points, strict=True), color=own[row]["color"], label=row)
-    axes.set(xlabel="FLOPs (multiply-adds)", ylabel="test accuracy", title=f"{report['recipe']}: finished networks")
+    axes.set(xlabel=label, ylabel="test accuracy", title=f"{report['recipe']}: finished networks")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     return _finish(figure, axes, path)
 

@@ -23,16 +23,18 @@ from gmn.limits import described, floors, kept_whole, rounded
 from gmn.savings import Savings, positions
 from gmn.settings import Criterion, Prune, Ranking
 from gmn.surgery import remove, settled
+from gmn.weight_masks import WeightMask
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller network, the nodes that stayed, and its cost before and after."""
+    """A smaller network, the nodes and single weights that stayed, and its cost before and after."""
 
     model: nn.Module
     mask: KeepMask
     before: Cost
     after: Cost
+    weights: WeightMask | None = None
 
     @property
     def speed_up(self) -> float:
@@ -67,6 +69,9 @@ def prune_to(
         PruningError: if nothing can be pruned or the target is out of reach; the message says which limit stops it.
             Also for a pattern that matches no layer, and a criterion that cannot be computed.
     """
+    if config.speed_up is None:
+        hint = "gmn.prune(...) does all patterns"
+        raise PruningError("channels need a speed-up to aim at", got=f"pattern {config.pattern}", hint=hint)
     whole = cost(model, example_inputs)
     before = before or whole
     if (so_far := before.flops / whole.flops) >= config.speed_up:
@@ -212,7 +217,7 @@ def _out_of_reach(coupled: Couplings, config: Prune, before: Cost, smallest: Cos
         return nothing_to_prune(coupled)
     return PruningError(
         "the target speed-up is out of reach",
-        expected=f"{config.speed_up:g}x",
+        expected=config.goal,
         got=f"at most {before.flops / smallest.flops:.2f}x with {described(config)}",
         hint=f"raise prune.max_ratio{' or prune.limits' if config.limits else ''} or lower prune.speed_up;"
         f" these stay whole: {_whole(coupled)}",

@@ -170,7 +170,7 @@ def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
+    """Safe YAML that also reads 1e-3 as a number, where YAML 1.1 wants 1.0e-3, and 2:4 as text."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -182,6 +182,8 @@ class _Dumper(yaml.SafeDumper):
 
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+for _digit in "123456789":  # before the rest: YAML 1.1 reads 2:4 as two minutes and four seconds
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gmn.compare import summarise, tables_of
+from gmn.weight_masks import reasons
 
 TITLES = {
     "base": "base",
@@ -24,9 +25,9 @@ TITLES = {
 
 def table(report: dict[str, Any]) -> Table:
     """Accuracy, cost and latency of every row."""
-    result = Table(title=f"{report['recipe']}: pruned to {targets([report])}", caption=caption(report))
+    result = Table(title=title([report]), caption=caption(report))
     result.add_column("network")
-    for name in ("test %", "val. %", "FLOPs", "speed-up", "params", "ms"):
+    for name in ("test %", "val. %", "FLOPs", measure(report), "params", "ms"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in cells(report):
         result.add_row(*row)
@@ -41,28 +42,45 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return found
 
 
-def targets(parts: list[dict[str, Any]]) -> str:
-    """Speed-ups as people read them.
+def title(parts: list[dict[str, Any]]) -> str:
+    """The name of the run, and what its networks were pruned to, from a report for each target.
 
-    >>> targets([{"speed_up": 2.0}, {"speed_up": 2.5}])
-    '2x, 2.5x'
+    >>> title([{"recipe": "quickstart", "speed_up": 2.0}, {"recipe": "quickstart", "speed_up": 3.0}])
+    'quickstart: pruned to 2x, 3x'
     """
-    return ", ".join(f"{part['speed_up']:g}x" for part in parts)
+    return f"{parts[0]['recipe']}: pruned to {targets(parts)}"
 
 
-def title(row: str) -> str:
+def targets(parts: list[dict[str, Any]]) -> str:
+    """Speed-ups, or the pattern, as people read them.
+
+    >>> targets([{"speed_up": 2.0}, {"speed_up": 2.5}]), targets([{"pattern": "2:4", "goal": "2:4"}])
+    ('2x, 2.5x', '2:4')
+    """
+    return ", ".join(part["goal"] if "pattern" in part else f"{part['speed_up']:g}x" for part in parts)
+
+
+def row_title(row: str) -> str:
     """What a table calls a row; those with a metanetwork of their own have a label."""
     return TITLES.get(row, row)
 
 
+def measure(report: dict[str, Any]) -> str:
+    """What tells how small a network is: the speed-up, or the share of the parameters that is not zero."""
+    return "left" if "pattern" in report else "speed-up"
+
+
 def cells(report: dict[str, Any]) -> list[list[str]]:
-    """Of every row: name, test and validation accuracy in per cent, FLOPs, speed-up, parameters, latency in ms."""
+    """Of every row: name, test and validation accuracy in per cent, FLOPs, `measure`, parameters, latency in ms."""
     found: list[list[str]] = []
     for entry in summarise(report):
+        small = f"{entry['speed_up']:.2f}x"
+        if "pattern" in report:
+            small = f"{entry['parameters'] / report['base']['parameters']:.1%}"
         spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
         accuracies = f"{100 * entry['test_accuracy']:.2f}{spread}", f"{100 * entry['validation_accuracy']:.2f}"
-        cost = human(entry["flops"]), f"{entry['speed_up']:.2f}x", human(entry["parameters"])
-        found.append([title(entry["row"]), *accuracies, *cost, f"{entry['latency']:.2f}"])
+        cost = human(entry["flops"]), small, human(entry["parameters"])
+        found.append([row_title(entry["row"]), *accuracies, *cost, f"{entry['latency']:.2f}"])
     return found
 
 
@@ -72,7 +90,7 @@ MEANINGS = {
     "sparse": "sparse training: the same schedule, our sparsity loss in the first fine-tuning",
     "torch-pruning": "torch-pruning: as direct, with that library's group magnitudes and pruner",
     "torch-pruning-sparse": "torch-pruning, sparse: the same schedule, regularized and pruned by its GroupNormPruner",
-    "random": "random: like direct, channels drawn at random",
+    "random": "random: like direct, what goes drawn at random",
 }
 SEEN = {True: "the metanetwork learnt on this network", False: "a network the metanetwork never saw"}
 
@@ -90,10 +108,19 @@ def caption(report: dict[str, Any]) -> str:
         f"{seeds} fine-tuning seed{'s' if seeds > 1 else ''}",
         f"chosen on {report['validation_images']:,} validation images",
         f"{report['test_images']:,} test images read once",
-        "a multiply-add is one FLOP",
+        *(_of_weights(report) if "pattern" in report else ["a multiply-add is one FLOP"]),
         "ms: latency per batch, median of interleaved runs",
     ]
     return "; ".join(parts)
+
+
+def _of_weights(report: dict[str, Any]) -> list[str]:
+    """What one must know where single weights are zero."""
+    return [
+        "params, left: parameters that are not zero",
+        "FLOPs (a multiply-add is one) and ms are those of dense kernels, which do not skip zeros",
+        *([f"dense: {reasons(report['dense'])}"] if report["dense"] else []),
+    ]
 
 
 def human(value: float) -> str:

@@ -8,12 +8,10 @@ from typing import Any
 from gmn.checkpoint import load_json
 from gmn.compare import STATISTICS, tables_of
 from gmn.page import Picture, Section, Table, origin, write_page
-from gmn.plots import draw
-from gmn.report import caption, cells, targets
+from gmn.plots import draw, size
+from gmn.report import caption, cells, measure, targets, title
 from gmn.statistics_plots import by_layer, distributions
 
-COLUMNS = ("network", "test %", "validation %", "FLOPs", "speed-up", "parameters", "latency, ms")
-FINISHED = {"speed-ups": "Test accuracy and speed-up: mean and spread over seeds", "accuracy": "Accuracy and FLOPs"}
 CURVE = "Pruned step by step and read on validation images, without fine-tuning: the flatter, the easier to prune."
 TUNED = " Rows that say so were fine-tuned before it, as the recipe says."
 MEASURED = (
@@ -27,33 +25,41 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     """Write report.html of a finished run, and the pictures in it."""
     pictures = {path.stem: path for path in draw(report, folder / "plots")}
     parts = tables_of(report)
+    columns = ("network", "test %", "validation %", "FLOPs", measure(report), "parameters", "latency, ms")
+    finished = {
+        "speed-ups": "Test accuracy and speed-up: mean and spread over seeds",
+        "accuracy": f"Accuracy and {size(report)}",
+    }
     said = [f" Pruned to {targets([part])}." for part in parts] if len(parts) > 1 else [""]
     sections = [
         Section(
             "Networks",
             caption(report),
             [
-                Table(COLUMNS, cells(part), f"One line per way to prune.{own}")
+                Table(columns, cells(part), f"One line per way to prune.{own}")
                 for part, own in zip(parts, said, strict=True)
             ],
-            [Picture(pictures[stem], text) for stem, text in FINISHED.items() if stem in pictures],
+            [Picture(pictures[stem], text) for stem, text in finished.items() if stem in pictures],
         ),
         Section(
-            "How easy to prune", CURVE + (TUNED if _tuned(report) else ""), pictures=_curves(folder, pictures["curve"])
+            "How easy to prune",
+            CURVE + (TUNED if _tuned(report) else ""),
+            pictures=_curves(folder, pictures["curve"], measure(report)),
         ),
         *_learning(report, pictures),
         *_statistics(report, folder),
         *origin(folder),
     ]
-    return write_page(folder / "report.html", f"{report['recipe']}: pruned to {targets(parts)}", sections)
+    return write_page(folder / "report.html", title(parts), sections)
 
 
 def _tuned(report: dict[str, Any]) -> bool:
     return any(not name.startswith(("with ", "without")) for name in report["curve"])
 
 
-def _curves(folder: Path, own: Path) -> list[Picture]:
-    pictures = [Picture(own, "Accuracy against speed-up, with the chosen metanetwork and without")]
+def _curves(folder: Path, own: Path, against: str) -> list[Picture]:
+    against = {"left": "the parameters left"}.get(against, against)
+    pictures = [Picture(own, f"Accuracy against {against}, with the chosen metanetwork and without")]
     more = folder / "curves" / "curve.png"
     return [*pictures, Picture(more, "The checkpoints of gmn curve")] if more.is_file() else pictures
 

@@ -38,7 +38,7 @@ class Pruning:
     """One pruning by a row to a speed-up: its stages, seconds averaged over `seeds` seeds, and the highest peaks."""
 
     row: str
-    speed_up: float
+    speed_up: float | None
     seeds: int
     stages: dict[str, Spent]
 
@@ -103,7 +103,7 @@ def prunings(folder: Path) -> list[Pruning]:
     """
     own = [line for line in lines(folder) if "row" in line]
     start = [_spent(line) for line in lines(folder) if line.get("network") == "models/start"]
-    done: dict[tuple[float, str], list[int]] = {}
+    done: dict[tuple[float | None, str], list[int]] = {}
     for line in own:
         if line["stage"] == STAGES[-1]:
             done.setdefault((line["speed_up"], line["row"]), []).append(line["seed"])
@@ -116,7 +116,7 @@ def prunings(folder: Path) -> list[Pruning]:
             parts[STAGES[0]] = start
         means = {name: _mean(costs) for name, costs in parts.items() if costs}
         found.append(Pruning(row, speed_up, len(seeds), means))
-    return sorted(found, key=lambda pruning: pruning.speed_up)
+    return sorted(found, key=lambda pruning: pruning.speed_up or 0)
 
 
 def account(folder: Path, networks: Sequence[int], further: Iterable[str] = ()) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Strict, field_validator, model_validator
 
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
+from gmn.settings_pattern import Removal
 from gmn.settings_report import Baseline, distinct, labelled
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
@@ -178,7 +180,7 @@ class MetaTrain(Section):
 
 
 class Criterion(Section):
-    """How important a channel is."""
+    """How important a channel is, or a weight."""
 
     score: str = Field(
         default="norm",
@@ -200,7 +202,8 @@ class Criterion(Section):
 class Ranking(Section):
     """Which channels go first, and how many of a layer at most.
 
-    Patterns are those of `fnmatch` (`*` and `?`) over the qualified names of the layers that make channels.
+    Patterns are those of `fnmatch` (`*` and `?`) over the qualified names of the layers that make channels. Where
+    single weights go, `ranking`, `limits` and `keep` are of each layer's weights, and nothing else has a meaning.
     """
 
     steps: int = Field(default=200, ge=1, description="steps in which all channels would go; fewer are coarser")
@@ -218,10 +221,9 @@ class Ranking(Section):
     per_flop: bool = Field(default=False, description="divide scores by the FLOPs that the channel costs")
 
 
-class Prune(Ranking):
-    """The removal of channels."""
+class Prune(Ranking, Removal):
+    """The removal of channels, or of single weights."""
 
-    speed_up: float = Field(default=2.0, gt=1, description="FLOPs before / FLOPs after")
     recalibrate: int = Field(
         default=0,
         ge=0,
@@ -231,6 +233,17 @@ class Prune(Ranking):
         default=None, description="a zoo of the same network, or its run: its tasks' votes multiply the scores"
     )
     votes_weight: float = Field(default=1.0, ge=0, description="1: what all tasks keep counts twice what none keeps")
+
+    @model_validator(mode="after")
+    def _what_weights_know(self) -> Prune:
+        if self.of_channels:
+            return self
+        unknown = ["max_ratio", "round_to", "per_flop", "votes", *(["ranking", "limits"] if self.n_of_m else [])]
+        for key in unknown:
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                hint = "; limits: {'*': 0.95} are of weights" if key == "max_ratio" and not self.n_of_m else ""
+                raise ValueError(f"{key} has no meaning with pattern {self.pattern}: leave it out{hint}")
+        return self
 
 
 class Finetune(Section):
@@ -289,9 +302,9 @@ class Recipe(Common):
     report: Report = Field(default_factory=Report, description="comparisons and repetitions")
 
     @property
-    def speed_ups(self) -> list[float]:
-        """All that the rows are pruned to, the smallest first."""
-        return sorted({self.prune.speed_up, *self.report.speed_ups})
+    def targets(self) -> Sequence[float | None]:
+        """The speed-ups that the rows are pruned to, the smallest first; [None] where single weights go."""
+        return [None] if self.prune.speed_up is None else sorted({self.prune.speed_up, *self.report.speed_ups})
 
     @model_validator(mode="after")
     def _something_trains(self) -> Recipe:
@@ -310,7 +323,11 @@ class Recipe(Common):
             )
         if initial != 1 and self.prune.votes:
             raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
-        if initial != "auto" and initial >= (least := self.speed_ups[0]):
+        if not self.prune.of_channels and (initial != 1 or self.report.speed_ups):
+            name = "report.speed_ups" if initial == 1 else "data_models.initial_speed_up"
+            raise ValueError(f"{name} removes channels: leave it out with prune.pattern {self.prune.pattern}")
+        least = self.targets[0]
+        if least is not None and initial != "auto" and initial >= least:
             name = "prune.speed_up" if least == self.prune.speed_up else "report.speed_ups"
             raise ValueError(
                 f"{name} ({least:g}) counts from before the initial pruning"
@@ -325,4 +342,9 @@ class Recipe(Common):
         sparse = [row for row in self.report.baselines if row.endswith("sparse")]
         if sparse and self.finetune.after_meta is None:
             raise ValueError(f"{sparse[0]} of report.baselines trains sparsely in finetune.after_meta: give it")
+        library = [row for row in self.report.baselines if row.startswith("torch-pruning")]
+        if library and not self.prune.of_channels:
+            raise ValueError(
+                f"{library[0]} of report.baselines removes channels: not with pattern {self.prune.pattern}"
+            )
         return self

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from gmn.errors import TrainingError
 from gmn.fit_options import Batch, answer, arranged, averaged, cross_entropy, distilled, mixed
 from gmn.progress import track
 from gmn.settings import Fit
+from gmn.weight_masks import WeightMask
 
 Item = TypeVar("Item")
 Metrics = dict[str, float]
@@ -88,6 +90,7 @@ def fit(
     log: Callable[[Metrics], None] | None = None,
     teacher: nn.Module | None = None,
     regularize: Callable[[], None] | None = None,
+    mask: WeightMask | None = None,
 ) -> None:
     """Train a network in place with cross-entropy; it is left in eval mode.
 
@@ -99,6 +102,7 @@ def fit(
         title, log: In progress and errors; gets the mean metrics of each epoch.
         teacher: The network to distil from where `config.distill` asks for it, such as the unpruned one.
         regularize: Called between backward and step, to add to the gradients.
+        mask: Weights that are zero, and stay so after every step.
 
     Raises:
         TrainingError: if the loss is NaN or infinite, or distillation lacks its teacher.
@@ -118,6 +122,8 @@ def fit(
         metrics = _gradient(forward, batch, config, teacher)
         if regularize:
             regularize()
+        if mask:
+            mask.silence(model)
         if config.clip:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         return metrics
@@ -125,7 +131,8 @@ def fit(
     model.train()
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
-    with arranged(model, config) as forward, averaged(model, optimizer, config.ema):
+    held = mask.held(model, optimizer) if mask else nullcontext()
+    with arranged(model, config) as forward, held, averaged(model, optimizer, config.ema):  # averages what is held
         run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
     optimizer.zero_grad(set_to_none=True)
     model.eval()

@@ -164,7 +164,7 @@ def test_rows_that_prune_at_once_have_the_whole_budget(
     own, fits = trial(tmp_path, row), []
     monkeypatch.setattr(own.job, "fit", lambda model, settings, *_, **more: fits.append((settings, more)))
     pruned = baselines.ROWS[row](own)
-    assert fits == [(merged(own.job.recipe, len(own.job.data.train)), {"teacher": own.base})]
+    assert fits == [(merged(own.job.recipe, len(own.job.data.train)), {"teacher": own.base, "mask": None})]
     assert fits[0][0].epochs == 3
     assert gmn.cost(own.base, own.job.example) == own.before  # torch-pruning cuts a copy
     assert 1.8 <= own.before.flops / gmn.cost(pruned, own.job.example).flops < 2.1

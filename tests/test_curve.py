@@ -71,7 +71,7 @@ def test_curves_of_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_usual_checkpoints_are_none_the_best_and_the_last(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[list[int]] = []
-    nothing = {"threshold": 0.5, "finetune_images": 0, "curves": []}
+    nothing = {"axis": "speed-up", "threshold": 0.5, "finetune_images": 0, "curves": []}
     monkeypatch.setattr(curve, "study", lambda _, choices: chosen.append(list(choices.checkpoints)) or nothing)
     draw_curves(run, checkpoints=None, points=3, images=50, drop=0.5, finetune_images=0)
     scores = {entry["epoch"]: entry["validation_accuracy"] for entry in events(run, "select")}

@@ -23,6 +23,7 @@ LAYERS = (
         "settings",
         "settings_fit",
         "settings_report",
+        "settings_pattern",
         "settings_vote",
         "spread",
         "names",
@@ -48,7 +49,8 @@ LAYERS = (
         *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_tape"),
     },
     {"weight_statistics", "criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
-    | {"similarity", "measures", "overlap", "wordnet"},
+    | {"similarity", "measures", "overlap", "wordnet"}
+    | {"weight_masks", "weight_ranking"},
     *(
         {
             "data",
@@ -70,7 +72,7 @@ LAYERS = (
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
         | {"inspection", "inspection_report"}
-        | {"export", "export_formats"}
+        | {"export", "export_formats", "sparse_format"}
         | {"suites", "suite_networks", "jsonl"}
         | {"zoo", "zoo_check", "zoo_claims", "zoo_files", "zoo_format"}
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},

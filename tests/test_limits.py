@@ -341,5 +341,5 @@ def test_the_random_baseline(tmp_path: Path) -> None:
     stages = {result["row"]: list(result["stages"]) for result in content["results"]}
     assert stages == {"metanetwork": ["rewritten", "fine-tuned", "pruned"], "random": ["pruned"]}
     assert widths["random-0"] != widths["random-1"]  # two draws
-    assert "random: like direct, channels drawn at random" in report.caption(content)
+    assert "random: like direct, what goes drawn at random" in report.caption(content)
     assert [entry["row"] for entry in report.summarise(content)] == ["base", "metanetwork", "random"]

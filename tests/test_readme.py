@@ -43,6 +43,7 @@ def test_a_criterion_of_ones_own() -> None:
     assert pruned.conv1.out_channels == 16
     assert all(m.out_channels % 4 == 0 for m in pruned.modules() if isinstance(m, torch.nn.Conv2d))
     assert min(names["pruned"].report["speed_up"], other.report["speed_up"]) >= 1.5
+    assert dict(names["masked"].mask.dense) == {"conv1": "inputs: 3, no multiple of 4", "linear": "prune.keep 'linear'"}
 
 
 def test_the_example_runs(capsys) -> None:
