@@ -89,7 +89,7 @@ def _against(axes: Any, weights: bool) -> Any:
     if weights:
         axes.set(xlabel="parameters left (not zero / all)")
         axes.invert_xaxis()  # as with speed-ups, what is smaller lies to the right
-        ticks, form = [1, 0.75, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02], matplotlib.ticker.PercentFormatter(1.0)
+        ticks, form = [1, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02], matplotlib.ticker.PercentFormatter(1.0)
     axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.xaxis.set_major_formatter(form)
