@@ -29,17 +29,22 @@ STATISTICS = "statistics.json"
 """In a run folder: the weights of every layer before and after the metanetwork."""
 
 
-def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | None = None) -> dict[str, Any]:
+def compare(
+    job: MetaJob, metanetwork: MetaNetwork | None, layout: Layout, *, seen: bool | None = None
+) -> dict[str, Any]:
     """Run all rows for all seeds, measure, and save report.json; finished rows are not run again.
 
     Args:
+        job: The recipe at work.
+        metanetwork, layout: What was learnt; without a metanetwork only the recipe's baselines are run.
         seen: Whether the metanetwork learnt on this very network; None if that is not known.
     """
     recipe = job.recipe
     index = recipe.data_models.train + recipe.data_models.val if recipe.data_models.fit else 0
     base = job.keep("models/base", lambda: job.trained(index))
     start = base if not _initial(job) else job.keep("models/start", lambda: job.initially_pruned(base, index))
-    rows = ["metanetwork", *recipe.report.baselines]
+    learnt: dict[str, MetaNetwork | None] = {} if metanetwork is None else {"with metanetwork": metanetwork}
+    rows = [*(["metanetwork"] if learnt else []), *recipe.report.baselines]
     results = [
         _result(job, Trial(job, base, start, metanetwork, layout, row, seed))
         for row in rows
@@ -56,11 +61,12 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
         "base": _measure(job, base, cost(base, job.example)),
         "results": results,
         "latency": _latency(job, base, rows),
-        "curve": _curve(job, base, start, {"with metanetwork": metanetwork, "without": None}, layout),
+        "curve": _curve(job, base, start, {**learnt, "without": None}, layout),
         "select": list(job.run.events("select")),
         "meta_train": list(job.run.events("meta-train")),
     }
-    save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
+    if metanetwork is not None:
+        save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
     save_json(job.run.folder / "report.json", report)
     return report
 
@@ -136,6 +142,6 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
         }
         tests = [result["test_accuracy"] for result in results]
         entries.append({"row": row, "seeds": len(results), "spread": spread(tests), **mean})
-    for entry in entries:
+    for entry in entries if "latency" in report else ():
         entry["latency"] = report["latency"][entry["row"]]
     return entries

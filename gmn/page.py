@@ -18,7 +18,7 @@ from gmn.errors import GmnError
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = b"IEND\xaeB\x60\x82"  # the last chunk of a PNG, with its check sum
-NUMBER = re.compile(r"[-+\u2212]?\d[\d.,]*\s*[%x]?(\s*±\s*\d[\d.,]*\s*%?)?")
+NUMBER = re.compile(r"[-+\u2212]?\d[\d.,]*\s*[%x]?(\s*±\s*\d[\d.,]*\s*%?)?[†‡]?")
 EMPTY = ("", "-", "\u2013")  # cells of a column of numbers that hold none
 
 

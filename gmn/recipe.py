@@ -8,13 +8,14 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from gmn.errors import RecipeError
 from gmn.settings import Recipe
+from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnyRecipe",
+    "MatrixRecipe",
     "Recipe",
     "VoteRecipe",
     "builtin_recipes",
@@ -33,9 +35,9 @@ __all__ = [
     "read_value",
 ]
 
-AnyRecipe = Recipe | VoteRecipe
+AnyRecipe = Recipe | VoteRecipe | MatrixRecipe
 AnySection = TypeVar("AnySection", bound=BaseModel)
-METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe}
+METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe, "matrix": MatrixRecipe}
 
 Key = tuple[int | str, ...]
 Places = dict[Key, str]  # where each key was written: "my.yaml:12", or "--set a.b=3"
@@ -58,6 +60,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     25
     """
     content, places, stem = _read(str(source))
+    _name_bases(content, places)
     for override in overrides:
         _override(content, places, override)
     content.setdefault("name", stem)
@@ -65,6 +68,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     if kind is None:
         expected, where = f"one of {', '.join(METHODS)}", places[("method",)]
         raise RecipeError("unknown method", expected=expected, got=reprlib.repr(method), where=where)
+    if kind is MatrixRecipe:
+        _write_out(content, places)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -146,24 +151,88 @@ def _read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], Plac
     content, places = _parse(text, shown)
     if not isinstance(content, dict):
         raise RecipeError("a recipe is a mapping of keys", got=reprlib.repr(content), where=shown)
+    return *_over_base(content, places, seen, shown), stem
+
+
+def _over_base(
+    content: dict[str, Any], places: Places, seen: tuple[str, ...] = (), shown: str = ""
+) -> tuple[dict[str, Any], Places]:
+    """Keys and values over those of the recipe that the key `base` names, a file beside the one that names it first."""
     base = content.pop("base", None)
     if base is None:
-        return content, places, stem
+        return content, places
+    where = places[("base",)]
     if not isinstance(base, str) or shown in seen:
-        expected, where = "the name or path of another recipe", places[("base",)]
+        expected = "the name or path of another recipe"
         raise RecipeError("bad 'base'", expected=expected, got=reprlib.repr(base), where=where)
-    under, where, _ = _read(base, (*seen, shown))
+    beside = Path(where.rpartition(":")[0]).parent / base
+    under, below, _ = _read(str(beside) if beside.is_file() else base, (*seen, shown))
     under.pop("name", None)
-    return _over(content, under), {**where, **places}, stem
+    return _over(content, under), {**below, **places}
 
 
 def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key; anything else replaces what is in the base."""
+    """Sections are merged key by key; anything else replaces what is in the base, and so does another network."""
     merged = dict(base)
     for key, value in content.items():
         below = merged.get(key)
-        merged[key] = _over(value, below) if isinstance(value, dict) and isinstance(below, dict) else value
+        merged[key] = value
+        if isinstance(value, dict) and isinstance(below, dict) and not (key == "network" and _renamed(value, below)):
+            merged[key] = _over(value, below)
     return merged
+
+
+def _renamed(network: dict[str, Any], base: dict[str, Any]) -> bool:
+    """Whether the base has another network: its options and weights are no use then."""
+    return network.get("name", base.get("name")) != base.get("name")
+
+
+# Entries of a matrix
+
+
+def _entries(content: dict[str, Any]) -> dict[Any, Any]:
+    entries = content.get("entries")
+    return entries if isinstance(entries, dict) else {}
+
+
+def _name_bases(content: dict[str, Any], places: Places) -> None:
+    """An entry that is the name of a recipe becomes a mapping with that base, so that its keys can be overridden."""
+    for label, entry in (entries := _entries(content)).items():
+        if isinstance(entry, str):
+            entries[label] = {"base": entry}
+            places["entries", str(label), "base"] = places["entries", str(label)]
+
+
+def _write_out(content: dict[str, Any], places: Places) -> None:
+    """Write every entry out in full: its base, over that what is common, over that its own keys."""
+    _name_bases(content, places)
+    common, entries = content.get("common", {}), _entries(content)
+    if not isinstance(common, dict):
+        expected, got = "a mapping of keys", reprlib.repr(common)
+        raise RecipeError("bad value for 'common'", expected=expected, got=got, where=places["common",])
+    content["common"], shared = {}, _under(places, ("common",))
+    for label, entry in entries.items():
+        if isinstance(entry, dict):
+            key = ("entries", str(label))
+            entries[label], where = _entry(str(label), entry, common, _under(places, key), shared)
+            places.update({(*key, *inner): place for inner, place in where.items()})
+
+
+def _entry(
+    label: str, own: dict[str, Any], common: dict[str, Any], places: Places, shared: Places
+) -> tuple[dict[str, Any], Places]:
+    base = {"base": own.pop("base")} if "base" in own else {}
+    under, where = _over_base({**common, **base}, {**shared, **places})
+    entry, where = {"name": label, **_over(own, under)}, {**where, **places}
+    if entry.get("method", "metanetwork") != "metanetwork":
+        expected, got = "metanetwork recipes", f"method: {reprlib.repr(entry['method'])} of {label}"
+        raise RecipeError("no entry of a matrix", expected=expected, got=got, where=_place(["method"], where))
+    return entry, where
+
+
+def _under(places: Places, key: Key) -> Places:
+    """The places of a section's keys, as that section counts them."""
+    return {place[len(key) :]: where for place, where in places.items() if place[: len(key)] == key}
 
 
 # YAML
@@ -301,9 +370,12 @@ def _place(key: Sequence[int | str], places: Places) -> str:
 
 def _section(key: Sequence[int | str], model: type[BaseModel]) -> type[BaseModel]:
     """The model that reads the section at this key."""
-    for name in key:
+    names = iter(key)
+    for name in names:
         kind = model.model_fields[str(name)].annotation
         model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
+        if get_origin(kind) is dict:
+            next(names, None)  # a label
     return model
 
 
