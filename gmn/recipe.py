@@ -60,16 +60,19 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     25
     """
     content, places, stem = _read(str(source))
-    _name_bases(content, places)
-    for override in overrides:
+    entries = [override for override in overrides if _ENTRIES.match(override)]
+    for override in entries:
         _override(content, places, override)
+    if content.get("method") == "matrix":
+        _write_out(content, places)
+    for override in overrides:
+        if override not in entries:
+            _override(content, places, override)
     content.setdefault("name", stem)
     kind = METHODS.get(method) if isinstance(method := content.get("method", "metanetwork"), str) else None
     if kind is None:
         expected, where = f"one of {', '.join(METHODS)}", places[("method",)]
         raise RecipeError("unknown method", expected=expected, got=reprlib.repr(method), where=where)
-    if kind is MatrixRecipe:
-        _write_out(content, places)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -190,30 +193,26 @@ def _renamed(network: dict[str, Any], base: dict[str, Any]) -> bool:
 # Entries of a matrix
 
 
+_ENTRIES = re.compile(r"\s*(common(\.base)?|entries(\.[^.=]+(\.base)?)?)\s*=")  # overrides that say what there is
+
+
 def _entries(content: dict[str, Any]) -> dict[Any, Any]:
     entries = content.get("entries")
     return entries if isinstance(entries, dict) else {}
 
 
-def _name_bases(content: dict[str, Any], places: Places) -> None:
-    """An entry that is the name of a recipe becomes a mapping with that base, so that its keys can be overridden."""
-    for label, entry in (entries := _entries(content)).items():
-        if isinstance(entry, str):
-            entries[label] = {"base": entry}
-            places["entries", str(label), "base"] = places["entries", str(label)]
-
-
 def _write_out(content: dict[str, Any], places: Places) -> None:
     """Write every entry out in full: its base, over that what is common, over that its own keys."""
-    _name_bases(content, places)
     common, entries = content.get("common", {}), _entries(content)
     if not isinstance(common, dict):
         expected, got = "a mapping of keys", reprlib.repr(common)
         raise RecipeError("bad value for 'common'", expected=expected, got=got, where=places["common",])
     content["common"], shared = {}, _under(places, ("common",))
     for label, entry in entries.items():
+        key = ("entries", str(label))
+        if isinstance(entry, str):
+            entry, places[(*key, "base")] = {"base": entry}, places[key]
         if isinstance(entry, dict):
-            key = ("entries", str(label))
             entries[label], where = _entry(str(label), entry, common, _under(places, key), shared)
             places.update({(*key, *inner): place for inner, place in where.items()})
 
@@ -291,12 +290,18 @@ def _walk(node: yaml.Node, key: Key, places: Places, shown: str) -> None:
 
 
 def _override(content: dict[str, Any], places: Places, override: str) -> None:
-    """Set one value of a recipe, from `section.key=value`."""
+    """Set one value of a recipe, from `section.key=value`; in every entry, if it is common to a matrix's."""
     dotted, equals, text = (part.strip() for part in override.partition("="))
-    shown = f"--set {override}"
-    *parents, last = dotted.split(".")
-    if not equals or not all([*parents, last]):
+    keys = dotted.split(".")
+    if not equals or not all(keys):
         raise RecipeError("bad override", expected="section.key=value", got=repr(override))
+    shared = keys[0] == "common" and not _ENTRIES.match(override)
+    for key in [["entries", label, *keys[1:]] for label in _entries(content)] if shared else [keys]:
+        _set(content, places, key, text, f"--set {override}")
+
+
+def _set(content: dict[str, Any], places: Places, key: Sequence[str], text: str, shown: str) -> None:
+    *parents, last = key
     target = content
     for depth, name in enumerate(parents, start=1):
         if target.get(name) is None:
@@ -307,10 +312,9 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
             got = f"a value at {'.'.join(parents[:depth])!r}"
             raise RecipeError("bad override", expected="a section", got=got, where=shown)
     target[last] = read_value(text, shown)
-    key = (*parents, last)
-    for old in [old for old in places if old[: len(key)] == key]:
+    for old in [old for old in places if old[: len(key)] == tuple(key)]:
         del places[old]
-    places[key] = shown
+    places[tuple(key)] = shown
 
 
 # Errors
