@@ -107,7 +107,7 @@ def table(report: Report) -> rich.table.Table:
     """Test accuracy of every network with every metanetwork."""
     result = rich.table.Table(title=f"{report['recipe']}: test accuracy, %", caption=caption(report))
     for number, name in enumerate(header(report)):
-        result.add_column(name, justify="right" if number else "left", no_wrap=True)
+        result.add_column(name, justify="right" if number else "left", overflow="fold")
     for line in accuracies(report, "[bold]{}[/]"):
         result.add_row(*line)
     return result
@@ -124,6 +124,8 @@ def text(report: Report) -> str:
 def show(report: Report, folder: Path, console: Console | None = None) -> None:
     """Print the table; write it as matrix.md, and the page."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 20 * len(columns(report)))  # a file has no edge
     console.print(table(report))
     save_text(folder / "matrix.md", text(report))
     console.print(f"table: {folder / 'matrix.md'}", soft_wrap=True, highlight=False)

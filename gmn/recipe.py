@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import reprlib
@@ -222,7 +223,7 @@ def _entry(
 ) -> tuple[dict[str, Any], Places]:
     base = {"base": own.pop("base")} if "base" in own else {}
     under, where = _over_base({**common, **base}, {**shared, **places})
-    entry, where = {"name": label, **_over(own, under)}, {**where, **places}
+    entry, where = copy.deepcopy({"name": label, **_over(own, under)}), {**where, **places}
     if entry.get("method", "metanetwork") != "metanetwork":
         expected, got = "metanetwork recipes", f"method: {reprlib.repr(entry['method'])} of {label}"
         raise RecipeError("no entry of a matrix", expected=expected, got=got, where=_place(["method"], where))
