@@ -8,17 +8,17 @@ Entries depend on nothing and cells on two entries, through files alone; what ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork, save_bytes, save_json
 from gmn.compare import compare
 from gmn.data import Data
 from gmn.errors import ConversionError, GmnError
 from gmn.meta_job import MetaJob
+from gmn.metanetwork import MetaNetwork
 from gmn.progress import say
 from gmn.recipe import dump_recipe
 from gmn.run import Run, is_run, load_report
@@ -109,9 +109,9 @@ class Matrix:
         baselines = [result for result in own["results"] if result["row"] != "metanetwork"]
         return {**{key: own[key] for key in SHARED}, "results": [*results, *baselines]}
 
-    def _job(self, recipe: Recipe, run: Run, *learnt: Any) -> MetaJob:
+    def _job(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> MetaJob:
         key = recipe.model_dump_json(include={"data", "seed", "device"})
-        job = MetaJob(recipe, run, *learnt, data=self._data.get(key))
+        job = MetaJob(recipe, run, learnt, data=self._data.get(key))
         self._data[key] = job.data
         return job
 
@@ -120,8 +120,10 @@ class Matrix:
         jobs: dict[str, MetaJob] = {}
         with TemporaryDirectory() as folder:
             for label in self.recipe.used:
-                with _named(label):
+                try:
                     jobs[label] = self._job(self.recipe.entries[label], Run(Path(folder) / label, ""))
+                except GmnError as error:
+                    raise type(error)(f"entry {label}: {error}") from error
             for row, column in self.recipe.cells:
                 _meet(row, jobs[row], column, jobs[column])
 
@@ -135,12 +137,3 @@ def _meet(row: str, network: MetaJob, column: str, learner: MetaJob) -> None:
         hint = "give both graph.kernels: padded if their largest kernels are alike, or leave one out of rows or columns"
         message = f"the network of {row} does not fit the metanetwork of {column}"
         raise ConversionError(message, got=str(error), hint=hint) from error
-
-
-@contextmanager
-def _named(label: str) -> Iterator[None]:
-    """Say which entry an error is about."""
-    try:
-        yield
-    except GmnError as error:
-        raise type(error)(f"entry {label}: {error}") from error

@@ -6,6 +6,7 @@ data-models/ models/                            networks, each `model.json` and 
 initial.json                                    the initial speed-up, if it was found
 metanetwork.safetensors                         the chosen metanetwork
 report.json  plots/                             what `gmn report` shows
+entries/ cells/                                 the runs that a transfer matrix is made of
 """
 
 from __future__ import annotations
