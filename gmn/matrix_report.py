@@ -59,7 +59,7 @@ def grid(report: Report, value: Callable[[Entry], str]) -> list[list[str]]:
     return lines
 
 
-def accuracies(report: Report, best: str = "{}") -> list[list[str]]:
+def accuracies(report: Report, best: str = "{}*") -> list[list[str]]:
     """Test accuracy in per cent, the diagonal marked; the best of a row in the form `best`."""
     return grid(report, lambda entry: (best if entry["best"] else "{}").format(tested(entry)) + entry["mark"])
 
@@ -76,8 +76,8 @@ def _entries(label: str, network: Report) -> dict[str, Entry]:
     return entries
 
 
-def caption(report: Report) -> str:
-    """What one must know to read the table."""
+def caption(report: Report, best: str = "*") -> str:
+    """What one must know to read the table; `best` is how the best of a row is shown."""
     marks = {MARKS[network["seen"]] for network in report["networks"].values() if network["seen"] is not None}
     budgets: dict[str, list[str]] = {}
     for label, network in report["networks"].items():
@@ -87,7 +87,7 @@ def caption(report: Report) -> str:
         *(note for name, note in NOTES.items() if name in marks or name in columns(report)),
         *(f"{', '.join(labels)}: {budget}" for budget, labels in budgets.items()),
         "mean ± standard deviation over fine-tuning seeds, one metanetwork per column",
-        "bold: the best of a row",
+        f"{best}: the best of a row",
         "validation images choose, test images are read once",
     ]
     return "; ".join(parts)
@@ -108,16 +108,17 @@ def table(report: Report) -> rich.table.Table:
     result = rich.table.Table(title=f"{report['recipe']}: test accuracy, %", caption=caption(report))
     for number, name in enumerate(header(report)):
         result.add_column(name, justify="right" if number else "left", overflow="fold")
-    for line in accuracies(report, "[bold]{}[/]"):
+    for line in accuracies(report, "[bold]{}*[/]"):
         result.add_row(*line)
     return result
 
 
 def text(report: Report) -> str:
     """The table in Markdown, and below it how easy pruning was."""
-    more = [markdown(title, header(report), grid(report, value)) for title, value in MORE.values()]
+    names = header(report)
+    first = [markdown("", names, accuracies(report, "**{}**")), f"{caption(report, 'bold')}."]
     return (
-        "\n\n".join([markdown("", header(report), accuracies(report, "**{}**")), f"{caption(report)}.", *more]) + "\n"
+        "\n\n".join([*first, *(markdown(title, names, grid(report, value)) for title, value in MORE.values())]) + "\n"
     )
 
 
