@@ -17,7 +17,7 @@ from gmn.bench_report import markdown
 from gmn.checkpoint import save_text
 from gmn.compare import summarise
 from gmn.page import Section, Table, origin, write_page
-from gmn.report import MEANINGS, TITLES, tested
+from gmn.report import MEANINGS, TITLES, accuracy
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -61,7 +61,7 @@ def grid(report: Report, value: Callable[[Entry], str]) -> list[list[str]]:
 
 def accuracies(report: Report, best: str = "{}*") -> list[list[str]]:
     """Test accuracy in per cent, the diagonal marked; the best of a row in the form `best`."""
-    return grid(report, lambda entry: (best if entry["best"] else "{}").format(tested(entry)) + entry["mark"])
+    return grid(report, lambda entry: (best if entry["best"] else "{}").format(accuracy(entry)) + entry["mark"])
 
 
 def _entries(label: str, network: Report) -> dict[str, Entry]:

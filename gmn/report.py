@@ -37,16 +37,16 @@ def cells(report: dict[str, Any]) -> list[list[str]]:
     """Of every row: name, test and validation accuracy in per cent, FLOPs, speed-up, parameters, latency in ms."""
     found: list[list[str]] = []
     for entry in summarise(report):
-        accuracies = tested(entry), f"{100 * entry['validation_accuracy']:.2f}"
+        accuracies = accuracy(entry), f"{100 * entry['validation_accuracy']:.2f}"
         cost = human(entry["flops"]), f"{entry['speed_up']:.2f}x", human(entry["parameters"])
         found.append([TITLES[entry["row"]], *accuracies, *cost, f"{entry['latency']:.2f}"])
     return found
 
 
-def tested(entry: dict[str, Any]) -> str:
+def accuracy(entry: dict[str, Any]) -> str:
     """Mean test accuracy in per cent, with its spread over seeds if there are several.
 
-    >>> tested({"test_accuracy": 0.9704, "spread": 0.0016, "seeds": 3})
+    >>> accuracy({"test_accuracy": 0.9704, "spread": 0.0016, "seeds": 3})
     '97.04 ± 0.16'
     """
     spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
