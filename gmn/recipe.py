@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gmn.errors import RecipeError
+from gmn.recipe_yaml import Dumper, Key, Places, dotted_key, inside, parse
 from gmn.settings import Recipe
 from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
@@ -39,9 +40,6 @@ __all__ = [
 AnyRecipe = Recipe | VoteRecipe | MatrixRecipe
 AnySection = TypeVar("AnySection", bound=BaseModel)
 METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe, "matrix": MatrixRecipe}
-
-Key = tuple[int | str, ...]
-Places = dict[Key, str]  # where each key was written: "my.yaml:12", or "--set a.b=3"
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -95,7 +93,7 @@ def dump_recipe(recipe: AnyRecipe) -> str:
     >>> "speed_up: 2.5" in dump_recipe(load_recipe("quickstart", ["prune.speed_up=2.5"]))
     True
     """
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def checked(kind: type[AnySection], values: dict[str, Any], shown: str) -> AnySection:
@@ -117,7 +115,7 @@ def read_value(text: str, shown: str) -> Any:
     >>> read_value("[1e-3, null]", "--set x")
     [0.001, None]
     """
-    return _parse(text, shown)[0]
+    return parse(text, shown)[0]
 
 
 # Finding
@@ -152,7 +150,7 @@ def _find(source: str) -> tuple[str, str, str]:
 def _read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], Places, str]:
     """Keys and values of a recipe, over those of the recipe that its key `base` names."""
     text, shown, stem = _find(source)
-    content, places = _parse(text, shown)
+    content, places = parse(text, shown)
     if not isinstance(content, dict):
         raise RecipeError("a recipe is a mapping of keys", got=reprlib.repr(content), where=shown)
     return *_over_base(content, places, seen, shown), stem
@@ -235,59 +233,7 @@ def _under(places: Places, key: Key) -> Places:
     return {place[len(key) :]: where for place, where in places.items() if place[: len(key)] == key}
 
 
-# YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """The opposite of `_Loader`; it also writes paths."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
-
-
-def _parse(text: str, shown: str) -> tuple[Any, Places]:
-    """Read YAML; also return where each key was written."""
-    places: Places = {(): shown}
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, places
-        _walk(node, (), places, shown)
-        return loader.construct_document(node), places
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{shown}:{mark.line + 1}" if mark else shown
-        raise RecipeError(f"not valid YAML, {error.problem}", where=where) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"not valid YAML, {str(error).splitlines()[0]}", where=shown) from None
-
-
-def _walk(node: yaml.Node, key: Key, places: Places, shown: str) -> None:
-    """Note the line of every key; a key that comes twice is an error."""
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            places[(*key, index)] = f"{shown}:{item.start_mark.line + 1}"
-            _walk(item, (*key, index), places, shown)
-    elif isinstance(node, yaml.MappingNode):
-        own: set[str] = set()
-        for name, value in node.value:
-            where, child = f"{shown}:{name.start_mark.line + 1}", (*key, str(name.value))
-            if child[-1] in own:
-                raise RecipeError(f"key {child[-1]!r} comes twice", where=_inside(where, key))
-            own.add(child[-1])
-            places[child] = where
-            _walk(value, child, places, shown)
+# Overriding
 
 
 def _override(content: dict[str, Any], places: Places, override: str) -> None:
@@ -337,7 +283,7 @@ def _unknown(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> Reci
     return RecipeError(
         f"unknown key {name!r}",
         expected=f"one of {', '.join(keys)}",
-        where=_inside(_place(error["loc"], places), parents),
+        where=inside(_place(error["loc"], places), parents),
         hint=f"did you mean {near[0]!r}?" if near else None,
     )
 
@@ -345,12 +291,12 @@ def _unknown(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> Reci
 def _missing(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
     *parents, name = error["loc"]
     meaning = _section(parents, kind).model_fields[str(name)].description
-    where = _inside(_place(parents, places), parents)
+    where = inside(_place(parents, places), parents)
     return RecipeError(f"missing key {name!r}", expected=meaning, where=where)
 
 
 def _rejected(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
-    name = _dotted(error["loc"]) or "recipe"
+    name = dotted_key(error["loc"]) or "recipe"
     text = error["msg"].removeprefix("Value error, ")
     return RecipeError(f"bad {name!r}: {text}", where=_place(error["loc"], places))
 
@@ -360,7 +306,7 @@ def _wrong_value(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> 
     if error["type"] in ("model_type", "dict_type"):
         wanted = "a mapping of keys"
     return RecipeError(
-        f"bad value for {_dotted(error['loc'])!r}",
+        f"bad value for {dotted_key(error['loc'])!r}",
         expected=wanted,
         got=reprlib.repr(error["input"]),
         where=_place(error["loc"], places),
@@ -382,11 +328,3 @@ def _section(key: Sequence[int | str], model: type[BaseModel]) -> type[BaseModel
         if get_origin(kind) is dict:
             next(names, None)  # a label
     return model
-
-
-def _inside(where: str, key: Sequence[int | str]) -> str:
-    return f"{where} ({_dotted(key)})" if key else where
-
-
-def _dotted(key: Sequence[int | str]) -> str:
-    return ".".join(str(name) for name in key)

@@ -98,7 +98,7 @@ LAYERS = (
             "run",
             "report",
             "plots",
-            "recipe",
+            *("recipe", "recipe_yaml"),
             *("cli", "cli_bench", "cli_options"),
             "api",
             "__init__",
