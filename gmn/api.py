@@ -124,7 +124,8 @@ def metanetwork_path(path: Path) -> Path:
     file = path / "metanetwork.safetensors" if path.is_dir() else path
     if not file.is_file():
         expected = "a run folder of gmn meta-train, a zoo, or a .safetensors file"
-        raise CheckpointError("nothing learnt here", expected=expected, got=str(path))
+        hint = f"take a run of the matrix's {entries}" if (entries := path / "entries").is_dir() else None
+        raise CheckpointError("nothing learnt here", expected=expected, got=str(path), hint=hint)
     return file
 
 

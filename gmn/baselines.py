@@ -55,7 +55,7 @@ class Trial:
     job: MetaJob
     base: nn.Module
     start: nn.Module
-    metanetwork: MetaNetwork
+    metanetwork: MetaNetwork | None
     layout: Layout
     row: str
     seed: int

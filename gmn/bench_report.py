@@ -107,9 +107,9 @@ def section(suite: str, rows: Sequence[Row], names: Sequence[str]) -> str:
         f"## {TITLES.get(suite, suite)}",
         f"{command}, with {_versions(suite, mine)}.",
         "\n".join(f"* {sentence}" for sentence in totals(mine, missing=len(names) - len(mine))),
-        _lines("Failed", ("network", "why"), failed),
-        _lines(f"Less than {HIGH:.0%} in the graph", ("network", "carried through unchanged"), low),
-        _lines("", ("network", *COLUMNS), [_cells(row) for row in mine if "share" in row]),
+        markdown("Failed", ("network", "why"), failed),
+        markdown(f"Less than {HIGH:.0%} in the graph", ("network", "carried through unchanged"), low),
+        markdown("", ("network", *COLUMNS), [_cells(row) for row in mine if "share" in row]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -130,7 +130,7 @@ def write_section(path: Path, suite: str, text: str) -> None:
     save_text(path, before + block + rest.partition(end)[2] if found else f"{old.rstrip()}\n\n{block}\n")
 
 
-def _lines(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; nothing without rows."""
     if not rows:
         return ""

@@ -15,7 +15,8 @@ from gmn.errors import NetworkError
 VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 """Convolutions per stage, by depth (the depth counts the three linear layers of the ImageNet original)."""
 
-VGG_PLANES = (64, 128, 256, 512, 512)
+VGG_PLANES = (1, 2, 4, 8, 8)
+"""Channels of every stage, in units of the first one's."""
 
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -117,6 +118,7 @@ class CifarVGG(nn.Module):
     Args:
         depth: 11, 13, 16 or 19; VGG-19 has 16 convolutions and one linear layer here.
         bias: give the convolutions a bias too (batch norm makes it redundant).
+        width: channels of the first stage; the next four have 2, 4, 8 and 8 times as many.
 
     Shapes: `[b, in_channels, H, W]` with H, W >= 16 -> `[b, num_classes]`. Raises NetworkError.
 
@@ -124,13 +126,17 @@ class CifarVGG(nn.Module):
     17
     """
 
-    def __init__(self, depth: int, *, num_classes: int, in_channels: int = 3, bias: bool = False) -> None:
+    def __init__(
+        self, depth: int, *, num_classes: int, in_channels: int = 3, bias: bool = False, width: int = 64
+    ) -> None:
         super().__init__()
         if depth not in VGG_STAGES:
             raise NetworkError("no VGG of this depth", expected=f"one of {list(VGG_STAGES)}", got=str(depth))
+        if width < 1:
+            raise NetworkError("a VGG needs channels", expected="width of at least 1", got=str(width))
         layers: list[nn.Module] = []
-        planes = in_channels
-        for stage, (count, stage_planes) in enumerate(zip(VGG_STAGES[depth], VGG_PLANES, strict=True)):
+        planes, widths = in_channels, [width * times for times in VGG_PLANES]
+        for stage, (count, stage_planes) in enumerate(zip(VGG_STAGES[depth], widths, strict=True)):
             layers += [nn.MaxPool2d(2)] if stage else []
             for _ in range(count):
                 layers += [conv3x3(planes, stage_planes, bias=bias), nn.BatchNorm2d(stage_planes), nn.ReLU()]

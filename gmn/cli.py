@@ -40,7 +40,10 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
     """Options of all commands; `main` reads --debug itself."""
 
 
-@app.command("meta-train", epilog="Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --set seed=1")
+META_TRAIN = "Examples:  gmn meta-train quickstart --set seed=1   |   gmn meta-train matrix --set common.seed=1"
+
+
+@app.command("meta-train", epilog=META_TRAIN)
 def meta_train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
@@ -48,7 +51,7 @@ def meta_train(
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Learn a metanetwork from data models, then prune a network with it and compare."""
+    """Learn a metanetwork from data models, or several, or a zoo; then prune with it and without it, and compare."""
     from gmn import pipeline, report  # torch takes seconds to import: not for --help
     from gmn import recipe as recipes
 

@@ -32,18 +32,23 @@ STATISTICS = "statistics.json"
 """In a run folder: the weights of every layer before and after the metanetwork."""
 
 
-def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: bool | None = None) -> dict[str, Any]:
+def compare(
+    job: MetaJob, metanetwork: MetaNetwork | None, layout: Layout, *, seen: bool | None = None
+) -> dict[str, Any]:
     """Run all rows for all seeds, measure, and save report.json; finished rows are not run again.
 
     Args:
+        job: The recipe at work.
+        metanetwork, layout: What was learnt; without a metanetwork only the recipe's baselines are run.
         seen: Whether the metanetwork learnt on this very network; None if that is not known.
     """
     recipe = job.recipe
     index = recipe.data_models.train + recipe.data_models.val if recipe.data_models.fit else 0
     base = job.keep("models/base", lambda: job.trained(index))
     start = base if not _initial(job) else job.keep("models/start", lambda: job.initially_pruned(base, index))
-    own = metanetwork, layout
-    learnt = {"metanetwork": own, **{label: (net.to(job.device), place) for label, (net, place) in job.further.items()}}
+    own: tuple[MetaNetwork | None, Layout] = metanetwork, layout
+    learnt = {} if metanetwork is None else {"metanetwork": own}
+    learnt |= {label: (further.to(job.device), its_layout) for label, (further, its_layout) in job.further.items()}
     rows = [*learnt, *recipe.report.baselines]
     trials = {
         speed_up: [
@@ -72,7 +77,8 @@ def compare(job: MetaJob, metanetwork: MetaNetwork, layout: Layout, *, seen: boo
         **({"further": list(tables.values())} if tables else {}),
         **({"metanetworks": {k: str(v) for k, v in paths.items()}} if (paths := recipe.report.metanetworks) else {}),
     }
-    save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
+    if metanetwork is not None:
+        save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
     save_json(job.run.folder / "report.json", report)
     return report
 
@@ -189,6 +195,6 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
         }
         tests = [result["test_accuracy"] for result in results]
         entries.append({"row": row, "seeds": len(results), "spread": spread(tests), **mean})
-    for entry in entries:
+    for entry in entries if "latency" in report else ():
         entry["latency"] = report["latency"][entry["row"]]
     return entries

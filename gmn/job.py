@@ -21,14 +21,18 @@ from gmn.training import evaluate, fit
 
 
 class Job:
-    """A recipe of any method at work in a run folder: the data, and the networks it makes on the way."""
+    """A recipe of any method at work in a run folder: the data, and the networks it makes on the way.
 
-    def __init__(self, recipe: Common, run: Run) -> None:
+    Args:
+        recipe: What to do.
+        run: The run folder.
+        data: The recipe's data, if they are loaded already.
+    """
+
+    def __init__(self, recipe: Common, run: Run, data: Data | None = None) -> None:
         self.common, self.run = recipe, run
         self.device = choose_device(recipe.device)
-        settings = recipe.data.model_dump(exclude={"augment"})
-        with track(f"loading {recipe.data.name}", 1):
-            self.data: Data = load_data(**settings, seed=recipe.seed).to(self.device)
+        self.data: Data = data or self._loaded()
         self.augment = Augment(**recipe.data.augment.model_dump())
         self.example = self.data.example_inputs()
         self.source: dict[str, Any] = {
@@ -37,6 +41,11 @@ class Job:
             "in_channels": self.data.input_shape[0],
             "options": recipe.network.options,
         }
+
+    def _loaded(self) -> Data:
+        settings = self.common.data.model_dump(exclude={"augment"})
+        with track(f"loading {self.common.data.name}", 1):
+            return load_data(**settings, seed=self.common.seed).to(self.device)
 
     def seed(self, index: int) -> int:
         """The seed of network `index`."""

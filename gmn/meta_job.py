@@ -25,6 +25,7 @@ from gmn.checkpoint import (
 from gmn.convert import layouts, to_graph, to_model
 from gmn.costs import Cost, cost
 from gmn.criteria import Importance, refuse_no_loss
+from gmn.data import Data
 from gmn.errors import GmnError
 from gmn.gradients import gradients_for
 from gmn.graph import GraphSpec, NetworkGraph
@@ -52,15 +53,23 @@ from gmn.zoo import Zoo
 class MetaJob(Job):
     """A metanetwork recipe at work in a run folder.
 
+    Args:
+        recipe: What to do.
+        run: The run folder.
+        learnt: The metanetwork of another run, to prune with; None meta-trains one.
+        data: The recipe's data, if they are loaded already.
+
     Attributes:
         axes: Where single weights go, the names of those that may, with the axis of their inputs.
         dense: The layers that lose none, with the reason.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None, data: Data | None = None
+    ) -> None:
         if not learnt:  # meta-training has a sparsity loss
             refuse_no_loss(recipe.criterion)
-        super().__init__(recipe, run)
+        super().__init__(recipe, run, data)
         self.recipe = recipe
         self.criterion = recipe.criterion.seeded(recipe.seed)
         preset = layouts()[recipe.graph.layout]

@@ -18,7 +18,7 @@ from gmn.errors import GmnError
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = b"IEND\xaeB\x60\x82"  # the last chunk of a PNG, with its check sum
-NUMBER = re.compile(r"[-+\u2212]?\d[\d.,]*\s*[%x]?(\s*±\s*\d[\d.,]*\s*%?)?")
+NUMBER = re.compile(r"[-+\u2212]?\d[\d.,]*\s*[%x]?(\s*±\s*\d[\d.,]*\s*%?)?[*†‡]*")
 EMPTY = ("", "-", "\u2013")  # cells of a column of numbers that hold none
 
 
@@ -28,7 +28,7 @@ class Table:
 
     Attributes:
         header: Name of each column.
-        rows: The cells; columns of numbers (88.9, 1,000, 85 %, 88.9 ± 0.3) are set to the right.
+        rows: The cells; columns of numbers (88.9, 1,000, 85 %, 88.9 ± 0.3, 88.9†) are set to the right.
         caption: What it shows.
     """
 

@@ -1,9 +1,10 @@
-"""The story of the whole program: what `gmn meta-train` and `gmn prune` do, step by step, for both methods.
+"""The story of the whole program: what `gmn meta-train` and `gmn prune` do, step by step, for every method.
 
 metanetwork:  data models --meta-train--> checkpoints --select on validation--> metanetwork
               network --[initial pruning]--> graph --metanetwork--> graph --> network' --fine-tune--> prune --fine-tune
 vote:         network + tasks --prune for each--> zoo of masks and weights
               new task --nearest tasks of the zoo--> vote --> sub-network --fine-tune
+matrix:       every entry --metanetwork, as above--> every network with the metanetwork of every other
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from gmn.checkpoint import load_json, load_metanetwork, save_json
 from gmn.compare import compare
 from gmn.errors import RecipeError
 from gmn.learnt import METANETWORK, adopt
+from gmn.matrix import Matrix
 from gmn.meta_job import MetaJob
 from gmn.recipe import AnyRecipe, dump_recipe, load_recipe
 from gmn.run import Run, open_run
 from gmn.settings import Recipe
+from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
 from gmn.vote_compare import compare_votes, measured, planned
 from gmn.vote_job import VoteJob
@@ -34,11 +37,13 @@ Report = dict[str, Any]
 
 
 def meta_train(recipe: AnyRecipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Report:
-    """Learn what the recipe says, a metanetwork or a zoo, and prune with it and without it; returns the report.
+    """Learn what the recipe says, metanetworks or a zoo, and prune with it and without it; returns the report.
 
     Everything finished is kept in the run folder, so that `resume` goes on where a run stopped.
     """
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
+    if isinstance(recipe, MatrixRecipe):
+        return Matrix(recipe, run).report()
     return _learn_votes(recipe, run) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
 
 
@@ -48,8 +53,10 @@ def prune_recipe(
     """Prune the recipe's network with what was learnt in another run; returns the report.
 
     Raises:
-        GmnError: if what was learnt is of the other method, or does not fit the network.
+        GmnError: if what was learnt is of another method, or does not fit the network.
     """
+    if isinstance(recipe, MatrixRecipe):
+        raise RecipeError("a matrix learns what it prunes with", hint=f"gmn meta-train {recipe.name}")
     zoo = zoo_path(meta)
     path = zoo or metanetwork_path(meta)
     if (zoo is not None) != isinstance(recipe, VoteRecipe):

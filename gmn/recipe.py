@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from gmn.errors import RecipeError
+from gmn.recipe_yaml import Dumper, Key, Places, dotted_key, inside, parse
 from gmn.settings import Recipe
+from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnyRecipe",
+    "MatrixRecipe",
     "Recipe",
     "VoteRecipe",
     "builtin_recipes",
@@ -33,12 +37,9 @@ __all__ = [
     "read_value",
 ]
 
-AnyRecipe = Recipe | VoteRecipe
+AnyRecipe = Recipe | VoteRecipe | MatrixRecipe
 AnySection = TypeVar("AnySection", bound=BaseModel)
-METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe}
-
-Key = tuple[int | str, ...]
-Places = dict[Key, str]  # where each key was written: "my.yaml:12", or "--set a.b=3"
+METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe, "matrix": MatrixRecipe}
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -58,8 +59,14 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     25
     """
     content, places, stem = _read(str(source))
-    for override in overrides:
+    entries = [override for override in overrides if _ENTRIES.match(override)]
+    for override in entries:
         _override(content, places, override)
+    if content.get("method") == "matrix":
+        _write_out(content, places)
+    for override in overrides:
+        if override not in entries:
+            _override(content, places, override)
     content.setdefault("name", stem)
     kind = METHODS.get(method) if isinstance(method := content.get("method", "metanetwork"), str) else None
     if kind is None:
@@ -86,7 +93,7 @@ def dump_recipe(recipe: AnyRecipe) -> str:
     >>> "speed_up: 2.5" in dump_recipe(load_recipe("quickstart", ["prune.speed_up=2.5"]))
     True
     """
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def checked(kind: type[AnySection], values: dict[str, Any], shown: str) -> AnySection:
@@ -108,7 +115,7 @@ def read_value(text: str, shown: str) -> Any:
     >>> read_value("[1e-3, null]", "--set x")
     [0.001, None]
     """
-    return _parse(text, shown)[0]
+    return parse(text, shown)[0]
 
 
 # Finding
@@ -143,93 +150,105 @@ def _find(source: str) -> tuple[str, str, str]:
 def _read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], Places, str]:
     """Keys and values of a recipe, over those of the recipe that its key `base` names."""
     text, shown, stem = _find(source)
-    content, places = _parse(text, shown)
+    content, places = parse(text, shown)
     if not isinstance(content, dict):
         raise RecipeError("a recipe is a mapping of keys", got=reprlib.repr(content), where=shown)
+    return *_over_base(content, places, seen, shown), stem
+
+
+def _over_base(
+    content: dict[str, Any], places: Places, seen: tuple[str, ...] = (), shown: str = ""
+) -> tuple[dict[str, Any], Places]:
+    """Keys and values over those of the recipe that the key `base` names, a file beside the one that names it first."""
     base = content.pop("base", None)
     if base is None:
-        return content, places, stem
+        return content, places
+    where = places[("base",)]
     if not isinstance(base, str) or shown in seen:
-        expected, where = "the name or path of another recipe", places[("base",)]
+        expected = "the name or path of another recipe"
         raise RecipeError("bad 'base'", expected=expected, got=reprlib.repr(base), where=where)
-    under, where, _ = _read(base, (*seen, shown))
+    beside = Path(where.rpartition(":")[0]).parent / base
+    under, below, _ = _read(str(beside) if beside.is_file() else base, (*seen, shown))
     under.pop("name", None)
-    return _over(content, under), {**where, **places}, stem
+    return _over(content, under), {**below, **places}
 
 
 def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key; anything else replaces what is in the base."""
+    """Sections are merged key by key; anything else replaces what is in the base, and so does another network."""
     merged = dict(base)
     for key, value in content.items():
         below = merged.get(key)
-        merged[key] = _over(value, below) if isinstance(value, dict) and isinstance(below, dict) else value
+        merged[key] = value
+        if isinstance(value, dict) and isinstance(below, dict) and not (key == "network" and _renamed(value, below)):
+            merged[key] = _over(value, below)
     return merged
 
 
-# YAML
+def _renamed(network: dict[str, Any], base: dict[str, Any]) -> bool:
+    """Whether the base has another network: its options and weights are no use then."""
+    return network.get("name", base.get("name")) != base.get("name")
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-3 as a number, where YAML 1.1 wants 1.0e-3, and 2:4 as text."""
+# Entries of a matrix
 
 
-class _Dumper(yaml.SafeDumper):
-    """The opposite of `_Loader`; it also writes paths."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
+_ENTRIES = re.compile(r"\s*(common(\.base)?|entries(\.[^.=]+(\.base)?)?)\s*=")  # overrides that say what there is
 
 
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-for _digit in "123456789":  # before the rest: YAML 1.1 reads 2:4 as two minutes and four seconds
-    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+def _entries(content: dict[str, Any]) -> dict[Any, Any]:
+    entries = content.get("entries")
+    return entries if isinstance(entries, dict) else {}
 
 
-def _parse(text: str, shown: str) -> tuple[Any, Places]:
-    """Read YAML; also return where each key was written."""
-    places: Places = {(): shown}
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, places
-        _walk(node, (), places, shown)
-        return loader.construct_document(node), places
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{shown}:{mark.line + 1}" if mark else shown
-        raise RecipeError(f"not valid YAML, {error.problem}", where=where) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"not valid YAML, {str(error).splitlines()[0]}", where=shown) from None
+def _write_out(content: dict[str, Any], places: Places) -> None:
+    """Write every entry out in full: its base, over that what is common, over that its own keys."""
+    common, entries = content.get("common", {}), _entries(content)
+    if not isinstance(common, dict):
+        expected, got = "a mapping of keys", reprlib.repr(common)
+        raise RecipeError("bad value for 'common'", expected=expected, got=got, where=places["common",])
+    content["common"], shared = {}, _under(places, ("common",))
+    for label, entry in entries.items():
+        key = ("entries", str(label))
+        if isinstance(entry, str):
+            entry, places[(*key, "base")] = {"base": entry}, places[key]
+        if isinstance(entry, dict):
+            entries[label], where = _entry(str(label), entry, common, _under(places, key), shared)
+            places.update({(*key, *inner): place for inner, place in where.items()})
 
 
-def _walk(node: yaml.Node, key: Key, places: Places, shown: str) -> None:
-    """Note the line of every key; a key that comes twice is an error."""
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            places[(*key, index)] = f"{shown}:{item.start_mark.line + 1}"
-            _walk(item, (*key, index), places, shown)
-    elif isinstance(node, yaml.MappingNode):
-        own: set[str] = set()
-        for name, value in node.value:
-            where, child = f"{shown}:{name.start_mark.line + 1}", (*key, str(name.value))
-            if child[-1] in own:
-                raise RecipeError(f"key {child[-1]!r} comes twice", where=_inside(where, key))
-            own.add(child[-1])
-            places[child] = where
-            _walk(value, child, places, shown)
+def _entry(
+    label: str, own: dict[str, Any], common: dict[str, Any], places: Places, shared: Places
+) -> tuple[dict[str, Any], Places]:
+    base = {"base": own.pop("base")} if "base" in own else {}
+    under, where = _over_base({**common, **base}, {**shared, **places})
+    entry, where = copy.deepcopy({"name": label, **_over(own, under)}), {**where, **places}
+    if entry.get("method", "metanetwork") != "metanetwork":
+        expected, got = "metanetwork recipes", f"method: {reprlib.repr(entry['method'])} of {label}"
+        raise RecipeError("no entry of a matrix", expected=expected, got=got, where=_place(["method"], where))
+    return entry, where
+
+
+def _under(places: Places, key: Key) -> Places:
+    """The places of a section's keys, as that section counts them."""
+    return {place[len(key) :]: where for place, where in places.items() if place[: len(key)] == key}
+
+
+# Overriding
 
 
 def _override(content: dict[str, Any], places: Places, override: str) -> None:
-    """Set one value of a recipe, from `section.key=value`."""
+    """Set one value of a recipe, from `section.key=value`; in every entry, if it is common to a matrix's."""
     dotted, equals, text = (part.strip() for part in override.partition("="))
-    shown = f"--set {override}"
-    *parents, last = dotted.split(".")
-    if not equals or not all([*parents, last]):
+    keys = dotted.split(".")
+    if not equals or not all(keys):
         raise RecipeError("bad override", expected="section.key=value", got=repr(override))
+    shared = keys[0] == "common" and not _ENTRIES.match(override)
+    for key in [["entries", label, *keys[1:]] for label in _entries(content)] if shared else [keys]:
+        _set(content, places, key, text, f"--set {override}")
+
+
+def _set(content: dict[str, Any], places: Places, key: Sequence[str], text: str, shown: str) -> None:
+    *parents, last = key
     target = content
     for depth, name in enumerate(parents, start=1):
         if target.get(name) is None:
@@ -240,10 +259,9 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
             got = f"a value at {'.'.join(parents[:depth])!r}"
             raise RecipeError("bad override", expected="a section", got=got, where=shown)
     target[last] = read_value(text, shown)
-    key = (*parents, last)
-    for old in [old for old in places if old[: len(key)] == key]:
+    for old in [old for old in places if old[: len(key)] == tuple(key)]:
         del places[old]
-    places[key] = shown
+    places[tuple(key)] = shown
 
 
 # Errors
@@ -265,7 +283,7 @@ def _unknown(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> Reci
     return RecipeError(
         f"unknown key {name!r}",
         expected=f"one of {', '.join(keys)}",
-        where=_inside(_place(error["loc"], places), parents),
+        where=inside(_place(error["loc"], places), parents),
         hint=f"did you mean {near[0]!r}?" if near else None,
     )
 
@@ -273,12 +291,12 @@ def _unknown(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> Reci
 def _missing(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
     *parents, name = error["loc"]
     meaning = _section(parents, kind).model_fields[str(name)].description
-    where = _inside(_place(parents, places), parents)
+    where = inside(_place(parents, places), parents)
     return RecipeError(f"missing key {name!r}", expected=meaning, where=where)
 
 
 def _rejected(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> RecipeError:
-    name = _dotted(error["loc"]) or "recipe"
+    name = dotted_key(error["loc"]) or "recipe"
     text = error["msg"].removeprefix("Value error, ")
     return RecipeError(f"bad {name!r}: {text}", where=_place(error["loc"], places))
 
@@ -288,7 +306,7 @@ def _wrong_value(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> 
     if error["type"] in ("model_type", "dict_type"):
         wanted = "a mapping of keys"
     return RecipeError(
-        f"bad value for {_dotted(error['loc'])!r}",
+        f"bad value for {dotted_key(error['loc'])!r}",
         expected=wanted,
         got=reprlib.repr(error["input"]),
         where=_place(error["loc"], places),
@@ -303,15 +321,10 @@ def _place(key: Sequence[int | str], places: Places) -> str:
 
 def _section(key: Sequence[int | str], model: type[BaseModel]) -> type[BaseModel]:
     """The model that reads the section at this key."""
-    for name in key:
+    names = iter(key)
+    for name in names:
         kind = model.model_fields[str(name)].annotation
         model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
+        if get_origin(kind) is dict:
+            next(names, None)  # a label
     return model
-
-
-def _inside(where: str, key: Sequence[int | str]) -> str:
-    return f"{where} ({_dotted(key)})" if key else where
-
-
-def _dotted(key: Sequence[int | str]) -> str:
-    return ".".join(str(name) for name in key)

@@ -77,11 +77,20 @@ def cells(report: dict[str, Any]) -> list[list[str]]:
         small = f"{entry['speed_up']:.2f}x"
         if "pattern" in report:
             small = f"{entry['parameters'] / report['base']['parameters']:.1%}"
-        spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
-        accuracies = f"{100 * entry['test_accuracy']:.2f}{spread}", f"{100 * entry['validation_accuracy']:.2f}"
+        accuracies = accuracy(entry), f"{100 * entry['validation_accuracy']:.2f}"
         cost = human(entry["flops"]), small, human(entry["parameters"])
         found.append([row_title(entry["row"]), *accuracies, *cost, f"{entry['latency']:.2f}"])
     return found
+
+
+def accuracy(entry: dict[str, Any]) -> str:
+    """Mean test accuracy in per cent, with its spread over seeds if there are several.
+
+    >>> accuracy({"test_accuracy": 0.9704, "spread": 0.0016, "seeds": 3})
+    '97.04 ± 0.16'
+    """
+    spread = f" ± {100 * entry['spread']:.2f}" if entry["seeds"] > 1 else ""
+    return f"{100 * entry['test_accuracy']:.2f}{spread}"
 
 
 MEANINGS = {
@@ -136,11 +145,11 @@ def human(value: float) -> str:
 
 
 def show(report: dict[str, Any], folder: Path, console: Console | None = None) -> None:
-    """Print the table and write the page with its pictures, of a run of either method."""
-    from gmn import report_page, vote_report  # matplotlib takes a second to import
+    """Print the table and write the page with its pictures, of a run of any method."""
+    from gmn import matrix_report, report_page, vote_report  # matplotlib takes a second to import
 
-    if report.get("method") == "vote":
-        vote_report.show(report, folder, console)
+    if other := {"vote": vote_report.show, "matrix": matrix_report.show}.get(report.get("method", "")):
+        other(report, folder, console)
         return
     console = console or Console()
     for own in tables(report):

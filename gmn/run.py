@@ -8,6 +8,7 @@ initial.json                                    the initial speed-up, if it was 
 metanetwork.safetensors                         the chosen metanetwork
 metanetworks/                                   those of further rows
 report.json  plots/                             what `gmn report` shows
+entries/ cells/                                 the runs that a transfer matrix is made of
 """
 
 from __future__ import annotations

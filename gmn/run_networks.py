@@ -23,7 +23,11 @@ def finished(folder: Path) -> dict[Path, dict[str, Any]]:
     Raises:
         CheckpointError: if the run is not finished, or kept none.
     """
-    results = load_report(folder)["results"]
+    report = load_report(folder)
+    if report.get("method") == "matrix":
+        expected, got = f"one of the runs in {folder / 'entries'} and {folder / 'cells'}", str(folder)
+        raise CheckpointError("a matrix keeps its networks in other runs", expected=expected, got=got)
+    results = report["results"]
     found = {folder / "models" / f"{result['row']}-seed{result['seed']}": result for result in results}
     kept = {path: result for path, result in found.items() if (path / "model.json").is_file()}
     if not kept:

@@ -67,6 +67,14 @@ def test_vgg_depths(depth: int) -> None:
     assert model.eval()(torch.zeros(2, 1, 16, 16)).shape == (2, 3)
 
 
+def test_the_width_of_a_vgg() -> None:
+    model = build_network("cifar.vgg11_bn", num_classes=3, options={"width": 4})
+    widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [4, 8, 16, 16, 32, 32, 32, 32]
+    with pytest.raises(NetworkError, match="width of at least 1; got 0"):
+        build_network("cifar.vgg11_bn", num_classes=3, options={"width": 0})
+
+
 def test_vgg_refuses_images_that_the_pools_would_empty() -> None:
     with pytest.raises(NetworkError, match=r"below 1x1.*at least 16x16.*got 16x15"):
         CifarVGG(11, num_classes=10)(torch.zeros(1, 3, 16, 15))

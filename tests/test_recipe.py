@@ -228,7 +228,9 @@ def test_a_mistake_in_the_base_is_placed_there(write) -> None:
 
 
 def test_methods(write) -> None:
-    assert "unknown method: expected one of metanetwork, vote; got 'voting'" in message(write("", "method: voting\n"))
+    assert "unknown method: expected one of metanetwork, vote, matrix; got 'voting'" in message(
+        write("", "method: voting\n")
+    )
     assert "unknown key" in message(write("", "method: vote\n"))
     assert load_recipe("graph-mask-voting").method == "vote"
     said = message("graph-mask-voting", "vote.fit={epochs: 3, lr: 0.1}")

@@ -303,8 +303,8 @@ def test_every_name_of_a_row_is_taken() -> None:
     for name in {*ROWS, *TITLES, *TITLES.values()}:
         with pytest.raises(ValueError, match="another row has the label"):
             labelled({name.upper(): "x"})
-    assert recipe("report.speed_ups=[3, 1.5]").speed_ups == [1.5, 1.8, 3.0]
-    assert recipe("report.speed_ups=[1.8]").speed_ups == [1.8]
+    assert recipe("report.speed_ups=[3, 1.5]").targets == [1.5, 1.8, 3.0]
+    assert recipe("report.speed_ups=[1.8]").targets == [1.8]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""The sections of a matrix recipe: networks, and the metanetworks that prune each of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from gmn.names import nearest
+from gmn.settings import Recipe, Report
+from gmn.settings_fit import Section
+
+LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+RESERVED = ("network", "base", "none", *get_args(get_args(Report.model_fields["baselines"].annotation)[0]))
+"""Names of the table's other columns."""
+
+Labels = Annotated[list[str], Field(min_length=1)]
+
+
+class MatrixRecipe(Section):
+    """Everything that decides a transfer matrix (GMN, tables 4 and 5): the recipes that it is made of."""
+
+    method: Literal["matrix"] = Field(description="every network with every metanetwork")
+    name: str = Field(min_length=1, description="title of the run; default: the file's stem")
+    common: dict[str, Any] = Field(
+        default_factory=dict, description="keys of every entry: over its `base`, under its own; written out when loaded"
+    )
+    entries: dict[str, Recipe] = Field(
+        min_length=1,
+        description="by label: a metanetwork recipe, its path or name, or a mapping of keys over its `base`",
+    )
+    rows: Labels | None = Field(default=None, description="entries whose network is pruned; null: all")
+    columns: Labels | None = Field(default=None, description="entries whose metanetwork is used; null: all")
+
+    @property
+    def networks(self) -> list[str]:
+        """The labels of the rows."""
+        return self.rows or list(self.entries)
+
+    @property
+    def metanetworks(self) -> list[str]:
+        """The labels of the columns that have a metanetwork."""
+        return self.columns or list(self.entries)
+
+    @property
+    def used(self) -> list[str]:
+        """The labels of the entries that are a row or a column, in the recipe's order."""
+        return [label for label in self.entries if label in {*self.networks, *self.metanetworks}]
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """(row, column) of every network with the metanetwork of another entry."""
+        return [(row, column) for row in self.networks for column in self.metanetworks if row != column]
+
+    @field_validator("entries")
+    @classmethod
+    def _labels_name_folders(cls, entries: dict[str, Recipe]) -> dict[str, Recipe]:
+        for label in entries:
+            if not re.fullmatch(LABEL, label):
+                raise ValueError(f"a label is letters, digits, - and _, as it names a folder; got {label!r}")
+            if label in RESERVED:
+                raise ValueError(f"the label {label!r} is the name of another column; give another")
+        return entries
+
+    @field_validator("rows", "columns")
+    @classmethod
+    def _labels_of_entries(cls, labels: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        known = info.data.get("entries")
+        for number, label in enumerate(labels or []):
+            if known and label not in known:
+                hint = nearest(label, known)
+                raise ValueError(f"no entry {label!r}, only {', '.join(known)}{f'; {hint}' if hint else ''}")
+            if label in (labels or [])[:number]:
+                raise ValueError(f"the label {label!r} comes twice")
+        return labels
