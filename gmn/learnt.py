@@ -17,14 +17,17 @@ from gmn.settings import Recipe
 
 __all__ = ["METANETWORK", "adopt", "further", "named"]
 
+Learnt = tuple[MetaNetwork, Layout]
+"""A metanetwork, and how networks become graphs for it."""
 
-def further(recipe: Recipe, run: Run) -> dict[str, tuple[MetaNetwork, Layout]]:
+
+def further(recipe: Recipe, run: Run) -> dict[str, Learnt]:
     """The metanetworks of the recipe's further rows, by label; a resumed run goes on with its own copies.
 
     Raises:
         CheckpointError: if one is not found or cannot be read, or `overwrite` would delete it.
     """
-    found: dict[str, tuple[MetaNetwork, Layout]] = {}
+    found: dict[str, Learnt] = {}
     for label, path in recipe.report.metanetworks.items():
         with named(label):
             metanetwork, layout, _ = load_metanetwork(_source(run, label, path))

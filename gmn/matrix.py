@@ -12,13 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork, save_bytes, save_json
 from gmn.compare import compare
 from gmn.data import Data
 from gmn.errors import ConversionError, GmnError
+from gmn.learnt import Learnt
 from gmn.meta_job import MetaJob
-from gmn.metanetwork import MetaNetwork
 from gmn.progress import say
 from gmn.recipe import dump_recipe
 from gmn.run import Run, is_run, load_report
@@ -73,7 +72,7 @@ class Matrix:
         column, row = label in self.recipe.metanetworks, label in self.recipe.networks
         if not (folder / ("report.json" if row else METANETWORK)).is_file():
             say(f"{label}: {' and '.join(['its metanetwork'] * column + ['its network'] * row)}")
-            job = self._job(recipe, Run(folder, dump_recipe(recipe), resume=True))
+            job = self._entry_job(label, Run(folder, dump_recipe(recipe), resume=True))
             if column:
                 job.learn()
             metanetwork, layout = job.select() if column else (None, job.layout)
@@ -110,9 +109,12 @@ class Matrix:
         baselines = [result for result in own["results"] if result["row"] != "metanetwork"]
         return {**{key: own[key] for key in SHARED if key in own}, "results": [*results, *baselines]}
 
-    def _job(self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None) -> MetaJob:
+    def _entry_job(self, label: str, run: Run) -> MetaJob:
+        return self._job(self.recipe.entries[label], run, learns=label in self.recipe.metanetworks)
+
+    def _job(self, recipe: Recipe, run: Run, learnt: Learnt | None = None, *, learns: bool = False) -> MetaJob:
         key = recipe.model_dump_json(include={"data", "seed", "device"})
-        job = MetaJob(recipe, run, learnt, data=self._data.get(key))
+        job = MetaJob(recipe, run, learnt, data=self._data.get(key), learns=learns)
         self._data[key] = job.data
         return job
 
@@ -122,7 +124,7 @@ class Matrix:
         with TemporaryDirectory() as folder:
             for label in self.recipe.used:
                 try:
-                    jobs[label] = self._job(self.recipe.entries[label], Run(Path(folder) / label, ""))
+                    jobs[label] = self._entry_job(label, Run(Path(folder) / label, ""))
                 except GmnError as error:
                     raise type(error)(f"entry {label}: {error}") from error
             for row, column in self.recipe.cells:

@@ -82,11 +82,12 @@ def caption(report: Report, best: str = "*") -> str:
     budgets: dict[str, list[str]] = {}
     for label, network in report["networks"].items():
         budgets.setdefault(_budget(network), []).append(label)
+    learnt = bool(report["columns"])
     parts = [
-        "a row per network, a column per metanetwork",
+        f"a row per network, a column per {'metanetwork' if learnt else 'way to prune'}",
         *(note for name, note in NOTES.items() if name in marks or name in columns(report)),
         *(f"{', '.join(labels)}: {budget}" for budget, labels in budgets.items()),
-        "mean ± standard deviation over fine-tuning seeds, one metanetwork per column",
+        f"mean ± standard deviation over fine-tuning seeds{', one metanetwork per column' if learnt else ''}",
         f"{best}: the best of a row",
         "validation images choose, test images are read once",
     ]

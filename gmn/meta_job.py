@@ -1,91 +1,74 @@
-"""A metanetwork recipe at work: data models, meta-training, the choice of a checkpoint, rewriting, pruning."""
+"""A metanetwork recipe at work: data models, meta-training, the choice of a checkpoint, rewriting."""
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from gmn.api import zoo_path
-from gmn.backbone import Backbone
 from gmn.builder import Layout
 from gmn.checkpoint import (
-    load_json,
     load_metanetwork,
     optimizer_tensors,
     restore_optimizer,
-    save_json,
     save_metanetwork,
 )
-from gmn.convert import layouts, to_graph, to_model
-from gmn.costs import Cost, cost
+from gmn.convert import to_model
+from gmn.costs import cost
 from gmn.criteria import Importance, refuse_no_loss
 from gmn.data import Data
-from gmn.errors import GmnError
-from gmn.gradients import gradients_for
-from gmn.graph import GraphSpec, NetworkGraph
-from gmn.groups import Couplings, KeepMask, couplings
-from gmn.initial import brief, candidates, largest
-from gmn.job import Job
-from gmn.learnt import adopt, further, named
-from gmn.library_pruner import Pruner, library_pruner, prune_with
+from gmn.groups import couplings
+from gmn.learnt import Learnt, adopt, further, named
+from gmn.library_pruner import prune_with
 from gmn.limits import kept_whole
 from gmn.meta_train import DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
-from gmn.ranking import Pruned, masks_of
+from gmn.prune_job import PruneJob
 from gmn.run import Run
-from gmn.settings import Criterion, Fit, Recipe
+from gmn.settings import Fit, Recipe
 from gmn.stages import stage
 from gmn.trace import clone
 from gmn.training import evaluate, make_optimizer, recalibrate
-from gmn.vote import prior
-from gmn.weight_masks import WeightMask, WeightSparsity, parameters_left, reasons
-from gmn.weight_ranking import Prunable, prune_by_pattern, weight_ladder
-from gmn.zoo import Zoo
+from gmn.weight_masks import WeightSparsity, reasons
 
 
-class MetaJob(Job):
+class MetaJob(PruneJob):
     """A metanetwork recipe at work in a run folder.
 
     Args:
         recipe: What to do.
         run: The run folder.
-        learnt: The metanetwork of another run, to prune with; None meta-trains one.
+        learnt: The metanetwork of another run, to prune with.
         data: The recipe's data, if they are loaded already.
+        learns: Whether it meta-trains one.
 
-    Attributes:
-        axes: Where single weights go, the names of those that may, with the axis of their inputs.
-        dense: The layers that lose none, with the reason.
+    Raises:
+        GmnError: if a network, the metanetwork, the target or the criterion do not go together.
     """
 
     def __init__(
-        self, recipe: Recipe, run: Run, learnt: tuple[MetaNetwork, Layout] | None = None, data: Data | None = None
+        self,
+        recipe: Recipe,
+        run: Run,
+        learnt: Learnt | None = None,
+        data: Data | None = None,
+        *,
+        learns: bool = False,
     ) -> None:
-        if not learnt:  # meta-training has a sparsity loss
+        if (learns or "sparse" in recipe.report.baselines) and recipe.prune.of_channels:  # both have a sparsity loss
             refuse_no_loss(recipe.criterion)
         super().__init__(recipe, run, data)
-        self.recipe = recipe
-        self.criterion = recipe.criterion.seeded(recipe.seed)
-        preset = layouts()[recipe.graph.layout]
-        choices = recipe.graph.model_dump(include={"kernels", "identities"}, exclude_none=True)
-        self.layout: Layout = dataclasses.replace(preset, **choices)
         self.further = further(recipe, run)
         self._rehearse(learnt)
         run.start()
         for label, path in recipe.report.metanetworks.items():
             adopt(run, label, path)
 
-    def graph(self, model: nn.Module, layout: Layout | None = None) -> NetworkGraph:
-        """The graph of a network, in the recipe's layout or another one."""
-        return to_graph(model, self.example, layout=layout or self.layout, on_unknown=self.recipe.graph.on_unknown)
-
-    def _rehearse(self, learnt: tuple[MetaNetwork, Layout] | None) -> None:
+    def _rehearse(self, learnt: Learnt | None) -> None:
         """Build, convert, prune, and meet the metanetwork once, before hours of training end in an error."""
         model = self.built(0)
         before = cost(model, self.example)
@@ -102,68 +85,9 @@ class MetaJob(Job):
             model = self._cut(model, initial).model
         for target in targets:
             self._cut(model, target, before)
-        self.axes, self.dense = {}, {}
-        if not self.recipe.prune.of_channels:
-            found = Prunable.of(model, self.graph(model).spec, self.recipe.prune)
-            self.axes, self.dense = found.axes, found.dense
+        self._find_weights(model)
         if self.dense:
             say(f"stay dense: {reasons(self.dense)}")
-
-    def cost(self, model: nn.Module) -> Cost:
-        """What a network costs; where single weights go, with the parameters that are not zero."""
-        whole = cost(model, self.example)
-        return dataclasses.replace(whole, parameters=parameters_left(model, self.axes)) if self.axes else whole
-
-    # -- networks ------------------------------------------------------------------------------------------------------
-
-    def trained(self, index: int) -> nn.Module:
-        """Network `index`, trained if the recipe says so."""
-        model = self.built(index)
-        if self.recipe.data_models.fit:
-            self.fit(model, self.recipe.data_models.fit, index, f"training network {index}")
-        return model
-
-    def initially_pruned(self, model: nn.Module, index: int) -> nn.Module:
-        """The network after its initial pruning and fine-tuning, if the recipe has them."""
-        settings, teacher = self.recipe.data_models, model
-        if settings.initial_speed_up == "auto" and not self._found.is_file():
-            save_json(self._found, {"speed_up": self._find_initial(model, index)})
-        model = self.prune(model, self.initial_speed_up).model if self.initial_speed_up > 1 else clone(model)
-        if settings.initial_fit:
-            title = f"initial fine-tuning of network {index}"
-            self.fit(model, settings.initial_fit, index, title, teacher=teacher)
-        return model.eval()
-
-    @property
-    def initial_speed_up(self) -> float:
-        """The recipe's; where that is `auto`, what was found on the first network, for all networks of the run."""
-        stated = self.recipe.data_models.initial_speed_up
-        return load_json(self._found)["speed_up"] if stated == "auto" else stated
-
-    @property
-    def _found(self) -> Path:
-        return self.run.folder / "initial.json"
-
-    def _find_initial(self, model: nn.Module, index: int) -> float:
-        """The largest speed-up of a grid after which the network is as accurate on the validation images as before."""
-        settings, target = self.recipe.data_models, self.recipe.targets[0]
-        assert target is not None  # recipes refuse other patterns with an initial pruning
-        before = evaluate(model, self.data.val).accuracy
-
-        def accepts(speed_up: float) -> bool:
-            pruned = self.prune(model, speed_up)
-            if settings.initial_fit:
-                title = f"trying {speed_up:g}x on network {index}"
-                self.fit(pruned.model, brief(settings.initial_fit), index, title, teacher=model)
-            score = evaluate(pruned.model, self.data.val).accuracy
-            enough = score >= before - settings.initial_tolerance / 100 - 1e-9 and pruned.speed_up < target
-            facts = {"validation_accuracy": score, "unpruned": before, "accepted": enough}
-            self.run.log("initial", network=index, wanted=speed_up, speed_up=pruned.speed_up, **facts)
-            return enough
-
-        found = largest(candidates(target), accepts)
-        say(f"initial pruning: {found:g}x, validation accuracy {before:.2%} before")
-        return found
 
     def data_model(self, index: int) -> nn.Module:
         """A network for the metanetwork to learn on."""
@@ -182,61 +106,6 @@ class MetaJob(Job):
         learners, held_out = self.recipe.data_models.train, self.recipe.data_models.val
         numbers = range(learners, learners + held_out) if held_out else range(learners)
         return {index: self.data_model(index) for index in numbers}
-
-    def _cut(
-        self, model: nn.Module, speed_up: float | None, before: Cost | None = None, chance: int | None = None
-    ) -> Pruned:
-        settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
-        if chance is None:
-            known = self._known(model)
-            return prune_by_pattern(model, graph, self.example, settings, self.criterion, before=before, **known)
-        blind, own = settings.model_copy(update={"per_flop": False}), Criterion(score="random", normalize="none")
-        return prune_by_pattern(model, graph, self.example, blind, own.seeded(chance), before=before)
-
-    def _known(self, model: nn.Module) -> dict[str, Any]:
-        """What the ranking of a network's channels may look at beside its weights."""
-        gradients = gradients_for(self.criterion, model, self.data.train, seed=self.recipe.seed)
-        return {"prior": self.prior, "gradients": gradients}
-
-    def masks(self, model: nn.Module, spec: GraphSpec, coupled: Couplings) -> list[KeepMask]:
-        """Masks with fewer and fewer channels, down to the recipe's limits."""
-        known = self._known(model)
-        return masks_of(model, spec, coupled, self.example, self.recipe.prune, self.criterion, **known)
-
-    def weight_masks(self, model: nn.Module, points: int) -> list[WeightMask]:
-        """Masks with fewer and fewer single weights, of a recipe that prunes such."""
-        spec, gradients = self.graph(model).spec, self._known(model)["gradients"]
-        return list(weight_ladder(model, spec, self.recipe.prune, self.criterion, gradients, points=points))
-
-    @cached_property
-    def prior(self) -> Tensor | None:
-        """What the votes of the recipe's zoo multiply the scores with."""
-        settings = self.recipe.prune
-        if settings.votes is None:
-            return None
-        folder = zoo_path(settings.votes)
-        if folder is None:
-            raise GmnError("no zoo to vote", expected="a zoo, or a run folder with one", got=str(settings.votes))
-        backbone = Backbone.of(self.built(0), self.example)
-        zoo = Zoo.open(folder, backbone.about())
-        return prior(zoo.masks([task.name for task in zoo.tasks(split="zoo")]), backbone.coupled, settings.votes_weight)
-
-    def library_pruner(self, model: nn.Module, *, sparse: bool = False) -> Pruner:
-        """A pruner of torch-pruning, for the rows of that name; it changes the model in place."""
-        return library_pruner(model, self.graph(model).spec, self.example, self.recipe.prune, sparse=sparse)
-
-    def prune(
-        self, model: nn.Module, speed_up: float | None, before: Cost | None = None, *, chance: int | None = None
-    ) -> Pruned:
-        """Prune to a speed-up, or single weights as the recipe says, and recompute the batch norms' statistics.
-
-        `chance`: by a random ranking of that seed.
-        """
-        pruned = self._cut(model, speed_up, before, chance)
-        recalibrate(pruned.model, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
-        return pruned
-
-    # -- the metanetwork -----------------------------------------------------------------------------------------------
 
     def subject(self, model: nn.Module) -> DataModel:
         """A data model with its graph and its scores' bookkeeping."""
@@ -311,7 +180,7 @@ class MetaJob(Job):
             say(f"meta-training stops after epoch {done}: no better than epoch {looks[best]}")
         return over
 
-    def select(self) -> tuple[MetaNetwork, Layout]:
+    def select(self) -> Learnt:
         """The checkpoint whose networks have the best validation accuracy when pruned, before the last fine-tuning.
 
         Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.

@@ -105,7 +105,7 @@ def reopened_metanetwork(folder: Path) -> MetaJob:
 
 
 def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:
-    job = MetaJob(recipe, run)
+    job = MetaJob(recipe, run, learns=True)
     job.learn()
     metanetwork, layout = job.select()
     # with a training in the recipe the pruned network is one more, trained with a seed of its own

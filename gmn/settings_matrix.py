@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from gmn.names import nearest
 from gmn.settings import Recipe, Report
@@ -14,8 +14,6 @@ from gmn.settings_fit import Section
 LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 RESERVED = ("network", "base", "none", *get_args(get_args(Report.model_fields["baselines"].annotation)[0]))
 """Names of the table's other columns."""
-
-Labels = Annotated[list[str], Field(min_length=1)]
 
 
 class MatrixRecipe(Section):
@@ -30,8 +28,12 @@ class MatrixRecipe(Section):
         min_length=1,
         description="by label: a metanetwork recipe, its path or name, or a mapping of keys over its `base`",
     )
-    rows: Labels | None = Field(default=None, description="entries whose network is pruned; null: all")
-    columns: Labels | None = Field(default=None, description="entries whose metanetwork is used; null: all")
+    rows: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="entries whose network is pruned; null: all"
+    )
+    columns: list[str] | None = Field(
+        default=None, description="entries whose metanetwork is used; null: all; []: only the baselines of the rows"
+    )
 
     @property
     def networks(self) -> list[str]:
@@ -41,7 +43,7 @@ class MatrixRecipe(Section):
     @property
     def metanetworks(self) -> list[str]:
         """The labels of the columns that have a metanetwork."""
-        return self.columns or list(self.entries)
+        return list(self.entries) if self.columns is None else self.columns
 
     @property
     def used(self) -> list[str]:
@@ -74,3 +76,10 @@ class MatrixRecipe(Section):
             if label in (labels or [])[:number]:
                 raise ValueError(f"the label {label!r} comes twice")
         return labels
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> MatrixRecipe:
+        for label in self.networks if not self.metanetworks else ():
+            if not self.entries[label].report.baselines:
+                raise ValueError(f"columns: [] leaves nothing to compare in the row {label}: give report.baselines")
+        return self

@@ -91,6 +91,7 @@ LAYERS = (
             *("curve", "curve_cli", "checkpoint_search", "report_page", "statistics_plots"),
             "job",
             "meta_job",
+            "prune_job",
             "vote_job",
             *("matrix", "matrix_report"),
             "trials",

@@ -191,6 +191,18 @@ def test_only_a_row_and_only_a_column(finished: tuple[Path, dict[str, Any]], tmp
     assert "†" not in matrix_report.text(report)
 
 
+def test_without_metanetworks_any_criterion_can_be_compared(tmp_path: Path) -> None:
+    recipe = loaded(
+        "columns=[]", "rows=[grey]", "common.report.baselines=[direct]", "entries.grey.criterion.score=taylor"
+    )
+    report = pipeline.meta_train(recipe, tmp_path / "run")
+    assert {result["row"] for result in report["networks"]["grey"]["results"]} == {"direct"}
+    assert not (tmp_path / "run" / "entries" / "grey" / "checkpoints").exists()
+    assert "metanetwork" not in matrix_report.caption(report)
+    with pytest.raises(GmnError, match="entry grey: the criterion is no sparsity loss"):
+        pipeline.meta_train(loaded("entries.grey.criterion.score=taylor"), tmp_path / "learns")
+
+
 # -- refused before anything is trained --------------------------------------------------------------------------------
 
 
@@ -272,6 +284,7 @@ def test_what_is_common_replaces_as_in_a_single_recipe() -> None:
         (["columns=[gray]"], "no entry 'gray', only grey, rgb; did you mean 'grey'?: in --set columns=[gray]"),
         (["rows=[grey, grey]"], "the label 'grey' comes twice"),
         (["rows=[]"], "bad value for 'rows': expected at least 1 item"),
+        (["columns=[]", "common.report.baselines=[]"], "columns: [] leaves nothing to compare in the row grey"),
         (["common=3"], "bad value for 'common': expected a mapping of keys; got 3; in --set common=3"),
         (["comon.seed=3"], "did you mean 'common'?"),
         (["common.prune.sped_up=3"], "in --set common.prune.sped_up=3 (entries.grey.prune); did you mean 'speed_up'?"),
