@@ -71,7 +71,7 @@ def _entries(label: str, network: Report) -> dict[str, Entry]:
     for row, entry in entries.items():
         stages = [result["stages"]["pruned"] for result in network["results"] if result["row"] == row]
         entry["pruned"] = statistics.fmean(stages or [entry["validation_accuracy"]])  # the base is not pruned
-        entry["best"] = row != "base" and entry["test_accuracy"] == top
+        entry["best"] = row != "base" and len(entries) > 2 and entry["test_accuracy"] == top  # of several
         entry["mark"] = MARKS[network["seen"]] if row == label else ""
     return entries
 
@@ -86,7 +86,7 @@ def caption(report: Report, best: str = "*") -> str:
     parts = [
         f"a row per network, a column per {'metanetwork' if learnt else 'way to prune'}",
         *(note for name, note in NOTES.items() if name in marks or name in columns(report)),
-        *(f"{', '.join(labels)}: {budget}" for budget, labels in budgets.items()),
+        *(f"{', '.join(labels)}: {budget}" if len(budgets) > 1 else budget for budget, labels in budgets.items()),
         f"mean ± standard deviation over fine-tuning seeds{', one metanetwork per column' if learnt else ''}",
         f"{best}: the best of a row",
         "validation images choose, test images are read once",

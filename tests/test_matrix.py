@@ -368,7 +368,7 @@ def test_what_one_must_know_to_read_the_table() -> None:
     assert f"small: {budget}, 2 seeds; large: {budget}, 1 seed;" in said
     assert "none: the same schedule without metanetwork" in said
     same = {**REPORT, "networks": dict.fromkeys(("a", "large"), REPORT["networks"]["large"])}
-    assert f"a, large: {budget}, 1 seed;" in matrix_report.caption(same)
+    assert f"; {budget}, 1 seed;" in matrix_report.caption(same)
     assert "direct" not in matrix_report.caption(same)
 
 
