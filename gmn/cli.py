@@ -19,6 +19,7 @@ from gmn.cli_options import (
     WeightsOption,
 )
 from gmn.errors import GmnError
+from gmn.launch import SHARED, fail, rank
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,8 +37,13 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def options(
+    context: typer.Context, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+) -> None:
     """Options of all commands; `main` reads --debug itself."""
+    if rank() is not None and (name := context.invoked_subcommand) not in SHARED:
+        hint = f"several processes share the work of {' and '.join(f'gmn {shared}' for shared in SHARED)} only"
+        raise GmnError("a command for one process", got=f"gmn {name} in several", hint=hint)
 
 
 @app.command("meta-train", epilog="Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --set seed=1")
@@ -49,12 +55,15 @@ def meta_train(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Learn a metanetwork from data models, then prune a network with it and compare."""
-    from gmn import pipeline, report  # torch takes seconds to import: not for --help
+    from gmn import distributed, pipeline, report  # torch takes seconds to import: not for --help
     from gmn import recipe as recipes
 
     settings = recipes.load_recipe(recipe, overrides or ())
     folder = run or Path("runs") / settings.name
-    report.show(pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite), folder)
+    with distributed.launched(settings.device, settings.method) as team:
+        found = pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite)
+    if team.leads:
+        report.show(found, folder)
 
 
 PRUNE = "gmn prune my.yaml --meta runs/quickstart"
@@ -70,12 +79,15 @@ def prune(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Prune the recipe's network with what was learnt in another run."""
-    from gmn import pipeline, report
+    from gmn import distributed, pipeline, report
     from gmn import recipe as recipes
 
     settings = recipes.load_recipe(recipe, overrides or ())
     folder = run or Path("runs") / f"{settings.name}-pruned"
-    report.show(pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite), folder)
+    with distributed.launched(settings.device, settings.method) as team:
+        found = pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite)
+    if team.leads:
+        report.show(found, folder)
 
 
 @app.command(epilog="Example:  gmn report runs/quickstart")
@@ -283,13 +295,11 @@ def main() -> None:
     except GmnError as error:
         if debug:
             raise
-        print(f"gmn: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except OSError as error:  # no permission, disk full
         if debug:
             raise
-        print(f"gmn: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        sys.exit(2)
+        fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from gmn.checkpoint import load_model, save_model
 from gmn.data import Augment, Data, load_data
+from gmn.distributed import team
 from gmn.errors import GmnError
 from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
@@ -27,7 +29,7 @@ class Job:
         self.common, self.run = recipe, run
         self.device = choose_device(recipe.device)
         settings = recipe.data.model_dump(exclude={"augment"})
-        with track(f"loading {recipe.data.name}", 1):
+        with track(f"loading {recipe.data.name}", 1), team().leader_first() if recipe.data.download else nullcontext():
             self.data: Data = load_data(**settings, seed=recipe.seed).to(self.device)
         self.augment = Augment(**recipe.data.augment.model_dump())
         self.example = self.data.example_inputs()

@@ -21,9 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from gmn.data import Augment, Split
+from gmn.distributed import team
 from gmn.errors import TrainingError
 from gmn.fit_options import Batch, answer, arranged, averaged, cross_entropy, distilled, mixed
 from gmn.progress import track
+from gmn.replicas import averaged_over_processes, replicated
 from gmn.settings import Fit
 
 Item = TypeVar("Item")
@@ -44,12 +46,15 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
     model.eval()
     right, loss, count = 0, 0.0, 0
     with torch.no_grad():
-        for images, labels in split.sample(limit).batches(batch_size):
+        for images, labels in split.sample(limit).batches(batch_size, parts=team().parts([batch_size])):
+            if not len(labels):
+                continue  # all images of the last batch are other processes'
             logits = model(images)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             count += len(labels)
     model.train(training)
+    loss, right, count = team().total(loss, right, count)
     return Evaluation(right / count, loss / count)
 
 
@@ -72,9 +77,13 @@ def generator(seed: int, epoch: int) -> torch.Generator:
 def passes(
     split: Split, size: int, seed: int, *, augment: Augment | None = None, start: int = 0, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches without end: pass after pass over a split, each shuffled by (seed, number of the pass)."""
+    """Whole batches without end: pass after pass over a split, each shuffled by (seed, number of the pass).
+
+    Of several processes each gets its own part of every batch.
+    """
+    common: dict[str, Any] = {"augment": augment, "limit": limit, "drop_last": True, "parts": team().parts([size])}
     for number in itertools.count(start):
-        yield from split.batches(size, generator=generator(seed, number), augment=augment, limit=limit, drop_last=True)
+        yield from split.batches(size, generator=generator(seed, number), **common)
 
 
 def fit(
@@ -115,7 +124,7 @@ def fit(
         return mixed(taken, config, classes, (seed, epoch)) if config.mixes else taken
 
     def step(batch: Batch) -> Metrics:
-        metrics = _gradient(forward, batch, config, teacher)
+        metrics = averaged_over_processes(_gradient(forward, batch, config, teacher), model)
         if regularize:
             regularize()
         if config.clip:
@@ -125,7 +134,7 @@ def fit(
     model.train()
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
-    with arranged(model, config) as forward, averaged(model, optimizer, config.ema):
+    with replicated(model, size), arranged(model, config) as forward, averaged(model, optimizer, config.ema):
         run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
@@ -175,7 +184,7 @@ def run_epochs(
     """
     with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
         for epoch in range(start, epochs):
-            torch.manual_seed(seed * 100_003 + epoch)  # dropout and the like
+            torch.manual_seed(seed * 100_003 + epoch + 7919 * team().rank)  # dropout and the like
             sums: dict[str, float] = defaultdict(float)
             for item in batches(epoch):
                 optimizer.zero_grad(set_to_none=True)

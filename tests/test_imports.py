@@ -30,7 +30,7 @@ LAYERS = (
         "masks",
         "spec_check",
     }
-    | {"views", "drawing", "placement", "strokes", "phases", "stages", "memory", "traffic"},
+    | {"views", "drawing", "placement", "strokes", "phases", "stages", "memory", "traffic", "launch"},
     {
         *(
             "records",
@@ -66,6 +66,7 @@ LAYERS = (
             "filter_pruning",
             "tasks",
             "vote_prune",
+            *("distributed", "replicas", "meta_shares", "engine", "ray_engine"),
             *("backbone", "head_pruning", "simsiam", "reptile", "zoo_build", "neighbours"),
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
