@@ -33,7 +33,7 @@ OURS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGAT
 
 
 class LostError(TrainingError):
-    """Another process of the run has ended; its own message says why."""
+    """Another process of the run has ended."""
 
 
 @dataclass(frozen=True)
@@ -211,4 +211,6 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostError("another process of the run has ended", hint="its own message says why") from error
+        raise LostError(
+            "another process of the run has ended", hint="its own message, or the launcher's, says why"
+        ) from error
