@@ -46,22 +46,36 @@ def options(
         raise GmnError("a command for one process", got=f"gmn {name} in several", hint=hint)
 
 
-@app.command("meta-train", epilog="Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --set seed=1")
+META_TRAIN = (
+    "Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --set seed=1"
+    "   |   accelerate launch -m gmn meta-train my.yaml   |   gmn meta-train votes.yaml --engine ray --address auto"
+)
+
+
+@app.command("meta-train", epilog=META_TRAIN)
 def meta_train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    engine: Annotated[str, typer.Option("--engine", help="here, or ray: who prunes the tasks of a zoo.")] = "here",
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a Ray cluster: auto, host:port. Default: one of this machine.")
+    ] = None,
+    cpus: Annotated[float | None, typer.Option("--cpus-per-task", help="Of the cluster. Default: 1")] = None,
+    gpus: Annotated[float | None, typer.Option("--gpus-per-task", help="A share is fine. Default: 0")] = None,
 ) -> None:
-    """Learn a metanetwork from data models, then prune a network with it and compare."""
+    """Learn a metanetwork from data models, or a zoo from tasks, then prune a network with it and compare."""
     from gmn import distributed, pipeline, report  # torch takes seconds to import: not for --help
     from gmn import recipe as recipes
+    from gmn.engine import engine_named
 
     settings = recipes.load_recipe(recipe, overrides or ())
     folder = run or Path("runs") / settings.name
-    with distributed.launched(settings.device, settings.method) as team:
-        found = pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite)
+    chosen = engine_named(engine, settings.method, address=address, cpus=cpus, gpus=gpus)
+    with distributed.launched(settings.device, settings.method) as team, chosen as worker:
+        found = pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite, engine=worker)
     if team.leads:
         report.show(found, folder)
 
