@@ -23,7 +23,7 @@ from gmn.data import Augment, Split
 from gmn.distributed import ALONE, Team, team
 from gmn.fit_options import Batch, answer, distilled
 from gmn.graph import NetworkGraph
-from gmn.meta_shares import shares_of
+from gmn.meta_shares import Shares, shares_of
 from gmn.metanetwork import MetaNetwork
 from gmn.phases import Phase, untimed
 from gmn.replicas import averaged_over_processes
@@ -163,37 +163,14 @@ def train_metanetwork(
         subject.model.eval()
     optimizer = optimizer or make_optimizer(metanetwork, config)
     schedule = make_schedule(optimizer, config, config.steps_per_epoch, done=start * config.steps_per_epoch)
-    size, plan = min(config.batch_size, len(split)), shares_of(config, team())
+    plan = shares_of(config, team())
     team().agree(metanetwork.state_dict().values())
 
     def batches(epoch: int) -> Iterator[Item]:
-        rng = generator(seed, epoch)
-        stream = _endless(split, size, rng, augment, plan.parts(size))
-        for _ in range(config.steps_per_epoch):
-            drawn = [subjects[index] for index in plan.draw(len(subjects), rng)]
-            big = [next(stream) for _ in range(config.batches)]
-            yield [(drawn[number], [own for own in big[number :: len(drawn)] if len(own[1])]) for number in plan.mine]
+        return _items(subjects, split, config, plan, augment, generator(seed, epoch))
 
     def step(item: Item) -> Metrics:
-        sums: dict[str, float] = defaultdict(float)
-        for subject, own in item:
-            for key, value in one(subject, own).items():
-                sums[key] += value
-        return averaged_over_processes(sums, metanetwork, len(item))
-
-    def one(subject: DataModel, own: list[Batch]) -> Metrics:
-        return meta_step(
-            metanetwork,
-            subject,
-            own,
-            pruner_reg=config.pruner_reg,
-            scale_invariant=config.scale_invariant,
-            distill=config.distill,
-            temperature=config.temperature,
-            bf16=config.bf16,
-            channels_last=config.channels_last,
-            crew=plan.crew,
-        )
+        return _step(metanetwork, item, config, plan)
 
     def save(epoch: int) -> bool | None:
         team().refuse_different(metanetwork, "metanetworks")
@@ -212,6 +189,44 @@ def train_metanetwork(
         log=log,
         after_epoch=save,
     )
+
+
+def _items(
+    subjects: Sequence[DataModel],
+    split: Split,
+    config: MetaTrain,
+    plan: Shares,
+    augment: Augment | None,
+    rng: torch.Generator,
+) -> Iterator[Item]:
+    """What this process does in the steps of an epoch."""
+    size = min(config.batch_size, len(split))
+    stream = _endless(split, size, rng, augment, plan.parts(size))
+    for _ in range(config.steps_per_epoch):
+        drawn = [subjects[index] for index in plan.draw(len(subjects), rng)]
+        big = [next(stream) for _ in range(config.batches)]
+        yield [(drawn[number], [own for own in big[number :: len(drawn)] if len(own[1])]) for number in plan.mine]
+
+
+def _step(metanetwork: MetaNetwork, item: Item, config: MetaTrain, plan: Shares) -> Metrics:
+    """Leave the step's gradient in the metanetwork's parameters, the same in all processes."""
+    sums: dict[str, float] = defaultdict(float)
+    for subject, own in item:
+        found = meta_step(
+            metanetwork,
+            subject,
+            own,
+            pruner_reg=config.pruner_reg,
+            scale_invariant=config.scale_invariant,
+            distill=config.distill,
+            temperature=config.temperature,
+            bf16=config.bf16,
+            channels_last=config.channels_last,
+            crew=plan.crew,
+        )
+        for key, value in found.items():
+            sums[key] += value
+    return averaged_over_processes(sums, metanetwork, len(item))
 
 
 def _endless(

@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +170,6 @@ def options(*more: str) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
-def until(condition: Callable[[], bool], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_the_shortened_quickstart_in_two_processes(tmp_path: Path) -> None:
     working = run(tmp_path, "meta-train", "quickstart", *options())
     (out, said), (other_out, other_said) = [process.communicate(timeout=120) for process in working]
@@ -198,9 +189,25 @@ def test_the_shortened_quickstart_in_two_processes(tmp_path: Path) -> None:
     assert not [path for path in folder.rglob("*") if ".tmp" in path.name]
 
 
-def test_a_killed_process_ends_the_other(tmp_path: Path) -> None:
-    first, second = run(tmp_path, "meta-train", "quickstart", *options("data_models.fit.epochs=10000"))
-    until((tmp_path / "runs" / "quickstart" / "recipe.yaml").is_file)
+WAITING = """
+from gmn.distributed import launched, team
+from gmn.errors import GmnError
+from gmn.launch import fail
+try:
+    with launched("cpu", "metanetwork"):
+        print("here", flush=True)
+        while True:
+            team().total(1.0)
+except GmnError as error:
+    fail(str(error))
+"""
+
+
+def test_a_killed_process_ends_the_other() -> None:
+    first, second = crew.start([["-c", WAITING]] * 2)
+    for process in (first, second):
+        assert process.stdout
+        assert process.stdout.readline() == "here\n"
     second.kill()
     second.communicate()
     said = first.communicate(timeout=60)[1]

@@ -77,7 +77,7 @@ LAYERS = (
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
         {"subject", "convert_cli", "zoo_cli"}
         | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote"}
-        | {"bench_metanetwork", "bench_metastep", "bench_workers", "bench_latency"}
+        | {"bench_metanetwork", "bench_metastep", "bench_workers", "bench_latency", "bench_scaling"}
         | {"export_cli", "run_networks"}
         | {
             "pipeline",
