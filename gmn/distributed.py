@@ -180,7 +180,7 @@ def launched(device: str, method: str) -> Iterator[Team]:
     except ImportError as error:
         raise GmnError("several processes need accelerate", hint="pip install gmn[distributed]") from error
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
-    _team = Team(state.process_index, state.num_processes, state.device)
+    _team = Team(state.process_index, state.num_processes, state.device or CPU)
     progress.console.quiet = not _team.leads
     yield _team
     _team.wait()

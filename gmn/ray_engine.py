@@ -7,9 +7,10 @@ workers share no folder with the caller, only the installation of gmn.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +89,7 @@ def ray_engine(
         raise GmnError("a task needs a place", expected="cpus or gpus above 0", got=f"{cpus:g} and {gpus:g}")
     own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         got = str(error).strip().split("\n")[0]
         hint = "start one with `ray start --head`"
@@ -100,7 +101,7 @@ def ray_engine(
         ray.shutdown()
 
 
-def _refuse_too_large(have: dict[str, float], wanted: dict[str, float]) -> None:
+def _refuse_too_large(have: Mapping[str, float], wanted: Mapping[str, float]) -> None:
     for name, want in wanted.items():
         if want > have.get(name, 0.0):
             expected = f"at most {have.get(name, 0.0):g}"

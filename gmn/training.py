@@ -142,7 +142,19 @@ def fit(
 
 def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None) -> Metrics:
     """Leave the gradient of a batch's loss in the network's parameters; targets are classes or shares of classes."""
-    images, targets = batch
+    sums: dict[str, float] = defaultdict(float)
+    for images, targets in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True):
+        share = len(images) / len(batch[0])
+        for key, value in _part_gradient(forward, (images, targets), share, config, teacher).items():
+            sums[key] += share * value
+    return sums
+
+
+def _part_gradient(
+    forward: Callable[[Tensor], Tensor], part: Batch, share: float, config: Fit, teacher: nn.Module | None
+) -> Metrics:
+    """Add a part's share of the gradient."""
+    images, targets = part
     # autocast around the forward only: around a whole loop it would keep stale bf16 copies of the weights
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
         logits = forward(images)
@@ -150,7 +162,7 @@ def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, te
     if config.distill and teacher is not None:
         said = answer(teacher, images, config.bf16)
         loss = distilled(loss, logits, said, config.distill, config.temperature, len(images))
-    loss.backward()
+    (loss if share == 1 else share * loss).backward()
     labels = targets if targets.dim() == 1 else targets.argmax(1)
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return {"loss": loss.item(), "accuracy": accuracy.item()}

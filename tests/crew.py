@@ -74,9 +74,9 @@ class Called(nn.Module):
         return self.parts["net"](images)  # type: ignore[index]
 
 
-def fitted(data: Data, model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+def fitted(data: Data, model: nn.Module, config: Fit = FIT) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     log: list[dict[str, float]] = []
-    gmn.fit(model, data.train, FIT, seed=2, augment=AUGMENT, log=log.append)
+    gmn.fit(model, data.train, config, seed=2, augment=AUGMENT, log=log.append)
     return model.state_dict(), log
 
 
@@ -92,9 +92,7 @@ def everything(folder: Path) -> dict[str, Any]:
     data = digits()
     found: dict[str, Any] = {name: learnt(data, config) for name, config in WAYS.items()}
     found["fit"] = fitted(data, Called())
-    torch.manual_seed(team().rank)
-    normed = subject(data, 0).model
-    found["normed"] = fitted(data, normed)
+    found["normed"] = fitted(data, subject(data, 0).model)
     found["evaluation"] = evaluate(subject(data, 1).model, data.val, batch_size=40)
     return found
 
