@@ -30,7 +30,7 @@ def test_a_process_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(gmn.GmnError, match="did you mean 'resnet20'"):
         bench_step("resnet2", [1], images=4, rounds=1)
     monkeypatch.setattr(bench_scaling.sys, "executable", "false")
-    with pytest.raises(gmn.GmnError, match="a process failed.*2 processes"):
+    with pytest.raises(gmn.GmnError, match=r"a process failed.*2 processes"):
         bench_step("resnet20", [2], images=4, rounds=1)
 
 
