@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gmn.batches import moved
 from gmn.convert import to_graph
 from gmn.data import Data
 from gmn.errors import CheckpointError, GmnError
@@ -16,7 +17,7 @@ from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask, inside
 from gmn.surgery import remove, settled
 from gmn.tasks import head_of, with_layer
-from gmn.trace import evaluation
+from gmn.trace import clone, evaluation
 from gmn.zoo import fingerprint
 
 
@@ -43,6 +44,11 @@ class Backbone:
         spec = to_graph(model, example_inputs).spec
         coupled = settled(model, spec, example_inputs)
         return cls(model, example_inputs, spec, inside(spec, coupled) if only_inside else coupled, head_of(spec))
+
+    def to(self, device: torch.device) -> Backbone:
+        """The same network on a device: a copy, unless it is there."""
+        here = next(self.model.parameters()).device == device
+        return self if here else replace(self, model=clone(self.model).to(device), example=moved(self.example, device))
 
     def about(self, **more: Any) -> dict[str, Any]:
         """What a zoo says of its tasks' network."""

@@ -19,6 +19,11 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def moved(tree: Any, device: torch.device) -> Any:
+    """The same containers with their tensors on a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def batch_size(inputs: Any) -> int:
     """Number of samples in the inputs of a network; NetworkError if there are none.
 

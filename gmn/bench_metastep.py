@@ -25,11 +25,12 @@ from gmn.progress import track
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gmn.data import Split
     from gmn.meta_train import Batch, DataModel
     from gmn.metanetwork import MetaNetwork
     from gmn.phases import Stopwatch
 
-WAYS: dict[str, dict[str, bool]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "gmn": {},
     "channels_last": {"channels_last": True},
     "bf16": {"channels_last": True, "bf16": True},
@@ -103,21 +104,13 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
     """In a worker: the network, its graph, the metanetwork and the images; and a step."""
     import torch
 
-    from gmn.criteria import Importance
-    from gmn.data import Augment, Split
-    from gmn.groups import couplings
-    from gmn.meta_train import DataModel, meta_step
+    from gmn.data import Augment
+    from gmn.meta_train import meta_step
     from gmn.phases import Stopwatch
 
-    own, way = SUBJECTS[facts["network"]], facts["way"]
-    graph = graph_of(facts["network"])
-    assert graph.template is not None
-    subject = DataModel(graph.template.eval(), graph, Importance(graph.spec, couplings(graph.spec)))
-    metanetwork = metanetwork_of(facts["network"], graph, "pyg" if way == "published" else "blocks")
+    way = facts["way"]
+    subject, metanetwork, split = subject_of(facts["network"], facts["images"], published=way == "published")
     optimizer = torch.optim.AdamW(metanetwork.parameters(), lr=1e-4)
-    pixels = torch.randint(0, 256, (facts["images"], 3, own.pixels, own.pixels), dtype=torch.uint8)
-    half = torch.full((3,), 0.5)
-    split = Split(pixels, torch.randint(0, own.classes, (facts["images"],)), half, half)
     augment, generator = Augment(crop=4, flip=True), torch.Generator().manual_seed(0)
 
     def turn(_: bool) -> dict[str, float]:
@@ -133,6 +126,24 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
         return dict(watch.seconds)
 
     return {}, turn
+
+
+def subject_of(network: str, images: int, *, published: bool = False) -> tuple[DataModel, MetaNetwork, Split]:
+    """A network to learn on, its metanetwork, and random images of its size."""
+    import torch
+
+    from gmn.criteria import Importance
+    from gmn.data import Split
+    from gmn.groups import couplings
+    from gmn.meta_train import DataModel
+
+    own, graph = SUBJECTS[network], graph_of(network)
+    assert graph.template is not None
+    subject = DataModel(graph.template.eval(), graph, Importance(graph.spec, couplings(graph.spec)))
+    metanetwork = metanetwork_of(network, graph, "pyg" if published else "blocks")
+    pixels = torch.randint(0, 256, (images, 3, own.pixels, own.pixels), dtype=torch.uint8)
+    half = torch.full((3,), 0.5)
+    return subject, metanetwork, Split(pixels, torch.randint(0, own.classes, (images,)), half, half)
 
 
 def _published_step(metanetwork: MetaNetwork, subject: DataModel, batches: Sequence[Batch], watch: Stopwatch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gmn.builder import Layout
+from gmn.distributed import leader_writes
 from gmn.errors import CheckpointError, GmnError
 from gmn.heads import head_counts, restore_heads
 from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
@@ -25,6 +26,7 @@ from gmn.surgery import resize
 FORMAT = 1  # raised when a reader of older files would misread newer ones
 
 
+@leader_writes
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary name beside `path`, flush to disk, then rename: never a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)

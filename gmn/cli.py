@@ -19,6 +19,7 @@ from gmn.cli_options import (
     WeightsOption,
 )
 from gmn.errors import GmnError
+from gmn.launch import SHARED, fail, rank
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,11 +37,19 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def options(
+    context: typer.Context, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+) -> None:
     """Options of all commands; `main` reads --debug itself."""
+    if rank() is not None and (name := context.invoked_subcommand) not in SHARED:
+        hint = f"several processes share the work of {' and '.join(f'gmn {shared}' for shared in SHARED)} only"
+        raise GmnError("a command for one process", got=f"gmn {name} in several", hint=hint)
 
 
-META_TRAIN = "Examples:  gmn meta-train quickstart --set seed=1   |   gmn meta-train matrix --set common.seed=1"
+META_TRAIN = (
+    "Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --set seed=1   |   gmn meta-train matrix"
+    "   |   accelerate launch -m gmn meta-train my.yaml   |   gmn meta-train votes.yaml --engine ray --address auto"
+)
 
 
 @app.command("meta-train", epilog=META_TRAIN)
@@ -50,14 +59,25 @@ def meta_train(
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    engine: Annotated[str, typer.Option("--engine", help="here, or ray: who prunes the tasks of a zoo.")] = "here",
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a Ray cluster: auto, host:port. Default: one of this machine.")
+    ] = None,
+    cpus: Annotated[float | None, typer.Option("--cpus-per-task", help="Of the cluster. Default: 1")] = None,
+    gpus: Annotated[float | None, typer.Option("--gpus-per-task", help="A share is fine. Default: 0")] = None,
 ) -> None:
     """Learn a metanetwork from data models, or several, or a zoo; then prune with it and without it, and compare."""
-    from gmn import pipeline, report  # torch takes seconds to import: not for --help
+    from gmn import distributed, pipeline, report  # torch takes seconds to import: not for --help
     from gmn import recipe as recipes
+    from gmn.engine import engine_named
 
     settings = recipes.load_recipe(recipe, overrides or ())
     folder = run or Path("runs") / settings.name
-    report.show(pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite), folder)
+    chosen = engine_named(engine, settings.method, address=address, cpus=cpus, gpus=gpus)
+    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
+        found = pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite, engine=worker)
+    if team.leads:
+        report.show(found, folder)
 
 
 PRUNE = "gmn prune my.yaml --meta runs/quickstart"
@@ -76,12 +96,15 @@ def prune(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Prune the recipe's network with what was learnt in another run."""
-    from gmn import pipeline, report
+    from gmn import distributed, pipeline, report
     from gmn import recipe as recipes
 
     settings = recipes.load_recipe(recipe, overrides or ())
     folder = run or Path("runs") / f"{settings.name}-pruned"
-    report.show(pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite), folder)
+    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team:
+        found = pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite)
+    if team.leads:
+        report.show(found, folder)
 
 
 @app.command(epilog="Example:  gmn report runs/quickstart")
@@ -289,13 +312,11 @@ def main() -> None:
     except GmnError as error:
         if debug:
             raise
-        print(f"gmn: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except OSError as error:  # no permission, disk full
         if debug:
             raise
-        print(f"gmn: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        sys.exit(2)
+        fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
 
 
 if __name__ == "__main__":

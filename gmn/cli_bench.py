@@ -115,3 +115,24 @@ def bench_metastep(
     chosen = None if ways is None else words(ways)
     options = {"images": images, "batch_size": batch_size, "rounds": rounds}
     bench.show(bench.bench(network, chosen, numbers("--threads", threads), **options), output)
+
+
+SCALING = (
+    "Examples:  gmn bench scaling --processes 1,2   |   gmn bench scaling --processes 1 --tasks 100,1000 -o s.json"
+)
+
+
+@bench_app.command("scaling", epilog=SCALING)
+def bench_scaling(
+    network: Annotated[str, typer.Option("--network", help="One of the graphs of bench metanetwork.")] = "resnet20",
+    processes: Annotated[str, typer.Option("--processes", help="That share a step of meta-training.")] = "1,2",
+    images: Annotated[int | None, typer.Option("--images", min=1, help="The big batch; default: by network.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each, after one to warm up.")] = 3,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Sizes of zoos to build and search.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
+) -> None:
+    """Time a step of meta-training over processes, and the size and search of a zoo over tasks."""
+    from gmn import bench_scaling as bench
+
+    steps = bench.bench_step(network, numbers("--processes", processes), images=images, rounds=rounds)
+    bench.show(steps, bench.bench_zoo(network, numbers("--tasks", tasks)), output)

@@ -42,11 +42,19 @@ class Augment:
     crop: int = 0
     flip: bool = False
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Images `[b, C, H, W]` of any type -> the same shape; one gather for the batch, no loop."""
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, *, whole: int | None = None, part: slice = slice(None)
+    ) -> Tensor:
+        """Images `[b, C, H, W]` of any type -> the same shape; one gather for the batch, no loop.
+
+        Args:
+            whole, part: The images are this part of a batch of so many; all of its random numbers are drawn.
+        """
         b, channels, height, width = images.shape
-        top, left = torch.randint(2 * self.crop + 1, (2, b, 1), generator=generator)
-        mirrored = torch.rand(b, 1, generator=generator) < 0.5 if self.flip else torch.zeros(b, 1, dtype=torch.bool)
+        n = b if whole is None else whole
+        top, left = torch.randint(2 * self.crop + 1, (2, n, 1), generator=generator)[:, part]
+        mirrored = torch.rand(n, 1, generator=generator) < 0.5 if self.flip else torch.zeros(n, 1, dtype=torch.bool)
+        mirrored = mirrored[part]
         columns = torch.arange(width).expand(b, width)
         columns = left + torch.where(mirrored, columns.flip(1), columns)
         rows = top + torch.arange(height)
@@ -101,21 +109,26 @@ class Split:
         augment: Augment | None = None,
         limit: int | None = None,
         drop_last: bool = False,
+        parts: Iterator[slice] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass: normalised float32 `[b, C, H, W]` and int64 `[b]`, on the device of the split.
 
         Args:
             generator: a CPU generator that shuffles and augments; without it, file order and no augmentation.
             limit: at most this many images.
+            parts: what of each batch is read and handed out, perhaps nothing; the same images as without, by number.
         """
         if batch_size < 1 or (limit is not None and limit < 1):
             raise DataError("an empty batch", expected="at least 1", got=f"batch_size {batch_size}, limit {limit}")
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         chunks = order[:limit].split(batch_size)
         chunks = [chunk for chunk in chunks if len(chunk) == batch_size or not drop_last]
-        for chunk, images in zip(chunks, self._stream(chunks), strict=True):
+        cut = [slice(None) if parts is None else next(parts) for _ in chunks]
+        own = [chunk[part] for chunk, part in zip(chunks, cut, strict=True)]
+        for whole, part, chunk, images in zip(chunks, cut, own, self._stream(own), strict=True):
             if augment and generator:
-                images = augment(images, generator)
+                share = {} if parts is None else {"whole": len(whole), "part": part}
+                images = augment(images, generator, **share)
             yield self.normalise(images), self.labels[chunk.to(self.labels.device)]
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class LazyImages:
         if other := next((image.shape for image in images if image.shape != first), None):
             hint = "give `size` to resize and crop them"
             raise DataError("images of different sizes", expected=f"{[*first]}", got=f"{[*other]}", hint=hint)
-        return torch.stack(images)
+        return torch.stack(images) if images else torch.empty((0, *first), dtype=torch.uint8)
 
 
 def is_grey(images: Tensor | Sequence[Item]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from gmn.checkpoint import load_model, save_model
 from gmn.data import Augment, Data, load_data
+from gmn.distributed import team
 from gmn.errors import GmnError
 from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
@@ -44,7 +46,10 @@ class Job:
 
     def _loaded(self) -> Data:
         settings = self.common.data.model_dump(exclude={"augment"})
-        with track(f"loading {self.common.data.name}", 1):
+        with (
+            track(f"loading {self.common.data.name}", 1),
+            team().leader_first() if self.common.data.download else nullcontext(),
+        ):
             return load_data(**settings, seed=self.common.seed).to(self.device)
 
     def seed(self, index: int) -> int:

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gmn.distributed import leader_writes
 
+
+@leader_writes
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Add one line; half a line that a killed process left is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ the new parameters are summed first (equal by linearity).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,10 +20,13 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from gmn.data import Augment, Split
+from gmn.distributed import ALONE, Team, team
 from gmn.fit_options import Batch, answer, distilled
 from gmn.graph import NetworkGraph
+from gmn.meta_shares import Shares, shares_of
 from gmn.metanetwork import MetaNetwork
 from gmn.phases import Phase, untimed
+from gmn.replicas import averaged_over_processes
 from gmn.settings import MetaTrain
 from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
 
@@ -44,6 +48,9 @@ class DataModel:
     importance: Sparsity
 
 
+Item = list[tuple[DataModel, list[Batch]]]  # what a process does in a step
+
+
 def meta_step(
     metanetwork: MetaNetwork,
     subject: DataModel,
@@ -56,6 +63,7 @@ def meta_step(
     bf16: bool = False,
     channels_last: bool = False,
     phase: Phase = untimed,
+    crew: Team = ALONE,
 ) -> Metrics:
     """Leave the gradient of (accuracy loss + pruner_reg * sparsity loss) in the metanetwork's parameters.
 
@@ -70,6 +78,7 @@ def meta_step(
         temperature: Of the distillation, see `gmn.fit_options.divergence`.
         bf16, channels_last: How the new network reads the images.
         phase: Times the parts of the step.
+        crew: The processes that have a share of the big batch each; the gradient is that of all of it.
 
     Returns:
         Losses, accuracy, and the norms of both gradients with respect to the new parameters.
@@ -79,7 +88,7 @@ def meta_step(
     leaves = {name: value.detach().requires_grad_() for name, value in new.items()}
     with phase("accuracy"):
         options = {"distill": distill, "temperature": temperature, "bf16": bf16, "channels_last": channels_last}
-        metrics = _accuracy_gradient(subject.model, leaves, batches, **options)
+        metrics = _accuracy_gradient(subject.model, leaves, batches, crew, **options)
     with phase("sparsity"):
         sparsity = subject.importance.sparsity_loss(leaves, scale_invariant=scale_invariant)
         sparsity_gradient = torch.autograd.grad(pruner_reg * sparsity, list(leaves.values()), allow_unused=True)
@@ -97,6 +106,7 @@ def _accuracy_gradient(
     model: nn.Module,
     leaves: dict[str, Tensor],
     batches: Sequence[Batch],
+    crew: Team,
     *,
     distill: float,
     temperature: float,
@@ -104,7 +114,7 @@ def _accuracy_gradient(
     channels_last: bool,
 ) -> Metrics:
     """Sum the gradients of the mean accuracy loss over the mini-batches in the leaves."""
-    images = sum(len(labels) for _, labels in batches)
+    images = round(crew.total(sum(len(labels) for _, labels in batches))[0])
     loss, right = 0.0, 0
     for inputs, labels in batches:
         if channels_last:
@@ -117,6 +127,11 @@ def _accuracy_gradient(
         part.backward()
         loss += part.item()
         right += int((logits.detach().argmax(1) == labels).sum())
+    if crew.size > 1:
+        for leaf in leaves.values():  # a process without images has no gradients yet
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        crew.add_up(leaf.grad for leaf in leaves.values() if leaf.grad is not None)
+    loss, right = crew.total(loss, right)
     return {"loss": loss, "accuracy": right / images}
 
 
@@ -147,7 +162,7 @@ def train_metanetwork(
     """Train a metanetwork in place: `config.epochs` epochs of `config.steps_per_epoch` steps.
 
     Args:
-        subjects: The data models; each step draws one of them.
+        subjects: The data models; each step draws `config.models` of them, each with its share of the mini-batches.
         split: The training images.
         start, optimizer: First epoch and restored optimizer, when a run is resumed.
         after_epoch: Called with the epoch and the optimizer, to save a checkpoint; True stops the training.
@@ -156,27 +171,19 @@ def train_metanetwork(
         subject.model.eval()
     optimizer = optimizer or make_optimizer(metanetwork, config)
     schedule = make_schedule(optimizer, config, config.steps_per_epoch, done=start * config.steps_per_epoch)
+    plan = shares_of(config, team())
+    team().agree(metanetwork.state_dict().values())
 
-    def batches(epoch: int) -> Iterator[tuple[DataModel, list[Batch]]]:
-        rng = generator(seed, epoch)
-        stream = _endless(split, config.batch_size, rng, augment)
-        for _ in range(config.steps_per_epoch):
-            subject = subjects[int(torch.randint(len(subjects), (), generator=rng))]
-            yield subject, [next(stream) for _ in range(config.batches)]
+    def batches(epoch: int) -> Iterator[Item]:
+        return _items(subjects, split, config, plan, augment, generator(seed, epoch))
 
-    def step(item: tuple[DataModel, list[Batch]]) -> Metrics:
-        return meta_step(
-            metanetwork,
-            *item,
-            pruner_reg=config.pruner_reg,
-            scale_invariant=config.scale_invariant,
-            distill=config.distill,
-            temperature=config.temperature,
-            bf16=config.bf16,
-            channels_last=config.channels_last,
-        )
+    def step(item: Item) -> Metrics:
+        return _step(metanetwork, item, config, plan)
 
-    save = None if after_epoch is None else lambda epoch: after_epoch(epoch, optimizer)
+    def save(epoch: int) -> bool | None:
+        team().refuse_different(metanetwork, "metanetworks")
+        return None if after_epoch is None else after_epoch(epoch, optimizer)
+
     run_epochs(
         config.epochs,
         config.steps_per_epoch,
@@ -192,6 +199,46 @@ def train_metanetwork(
     )
 
 
-def _endless(split: Split, size: int, rng: torch.Generator, augment: Augment | None) -> Iterator[Batch]:
+def _items(
+    subjects: Sequence[DataModel],
+    split: Split,
+    config: MetaTrain,
+    plan: Shares,
+    augment: Augment | None,
+    rng: torch.Generator,
+) -> Iterator[Item]:
+    """What this process does in the steps of an epoch."""
+    size = min(config.batch_size, len(split))
+    stream = _endless(split, size, rng, augment, plan.parts(size))
+    for _ in range(config.steps_per_epoch):
+        drawn = [subjects[index] for index in plan.draw(len(subjects), rng)]
+        big = [next(stream) for _ in range(config.batches)]
+        yield [(drawn[number], [own for own in big[number :: len(drawn)] if len(own[1])]) for number in plan.mine]
+
+
+def _step(metanetwork: MetaNetwork, item: Item, config: MetaTrain, plan: Shares) -> Metrics:
+    """Leave the step's gradient in the metanetwork's parameters, the same in all processes."""
+    sums: dict[str, float] = defaultdict(float)
+    for subject, own in item:
+        found = meta_step(
+            metanetwork,
+            subject,
+            own,
+            pruner_reg=config.pruner_reg,
+            scale_invariant=config.scale_invariant,
+            distill=config.distill,
+            temperature=config.temperature,
+            bf16=config.bf16,
+            channels_last=config.channels_last,
+            crew=plan.crew,
+        )
+        for key, value in found.items():
+            sums[key] += value
+    return averaged_over_processes(sums, metanetwork, len(item))
+
+
+def _endless(
+    split: Split, size: int, rng: torch.Generator, augment: Augment | None, parts: Iterator[slice] | None
+) -> Iterator[Batch]:
     while True:
-        yield from split.batches(min(size, len(split)), generator=rng, augment=augment, drop_last=True)
+        yield from split.batches(size, generator=rng, augment=augment, drop_last=True, parts=parts)

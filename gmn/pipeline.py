@@ -16,6 +16,7 @@ from typing import Any
 from gmn.api import NETWORK, metanetwork_path, zoo_path
 from gmn.checkpoint import load_json, load_metanetwork, save_json
 from gmn.compare import compare
+from gmn.engine import HERE, Engine
 from gmn.errors import RecipeError
 from gmn.learnt import METANETWORK, adopt
 from gmn.matrix import Matrix
@@ -36,15 +37,18 @@ VOTERS = "voters.json"
 Report = dict[str, Any]
 
 
-def meta_train(recipe: AnyRecipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Report:
+def meta_train(
+    recipe: AnyRecipe, folder: Path, *, resume: bool = False, overwrite: bool = False, engine: Engine = HERE
+) -> Report:
     """Learn what the recipe says, metanetworks or a zoo, and prune with it and without it; returns the report.
 
-    Everything finished is kept in the run folder, so that `resume` goes on where a run stopped.
+    Everything finished is kept in the run folder, so that `resume` goes on where a run stopped. The tasks of a zoo are
+    pruned by `engine`.
     """
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
     if isinstance(recipe, MatrixRecipe):
         return Matrix(recipe, run).report()
-    return _learn_votes(recipe, run) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
+    return _learn_votes(recipe, run, engine) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
 
 
 def prune_recipe(
@@ -112,9 +116,9 @@ def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:
     return compare(job, metanetwork, layout, seen=recipe.data_models.fit is None)
 
 
-def _learn_votes(recipe: VoteRecipe, run: Run) -> Report:
+def _learn_votes(recipe: VoteRecipe, run: Run, engine: Engine) -> Report:
     job = VoteJob(recipe, run)
-    job.build()
+    job.build(engine)
     return compare_votes(job)
 
 

@@ -16,6 +16,7 @@ from gmn.checkpoint import load_json, save_json
 from gmn.convert import layouts, to_graph
 from gmn.costs import Cost, cost
 from gmn.data import Data
+from gmn.distributed import team
 from gmn.errors import GmnError
 from gmn.gradients import gradients_for
 from gmn.graph import GraphSpec, NetworkGraph
@@ -132,8 +133,10 @@ class PruneJob(Job):
         return prune_by_pattern(model, graph, self.example, blind, own.seeded(chance), before=before)
 
     def _known(self, model: nn.Module) -> dict[str, Any]:
-        """What the ranking of a network's channels may look at beside its weights."""
+        """What the ranking of a network's channels may look at beside its weights; the same bits in all processes."""
+        team().agree(model.state_dict().values())
         gradients = gradients_for(self.criterion, model, self.data.train, seed=self.recipe.seed)
+        team().agree((gradients or {}).values())
         return {"prior": self.prior, "gradients": gradients}
 
     def masks(self, model: nn.Module, spec: GraphSpec, coupled: Couplings) -> list[KeepMask]:
@@ -161,6 +164,7 @@ class PruneJob(Job):
 
     def library_pruner(self, model: nn.Module, *, sparse: bool = False) -> Pruner:
         """A pruner of torch-pruning, for the rows of that name; it changes the model in place."""
+        team().agree(model.state_dict().values())
         return library_pruner(model, self.graph(model).spec, self.example, self.recipe.prune, sparse=sparse)
 
     def prune(

@@ -19,12 +19,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gmn.checkpoint import load_json, save_bytes, save_json, save_text
+from gmn.distributed import leader_writes
 from gmn.errors import CheckpointError, GmnError
 from gmn.jsonl import append_line, read_lines
 
@@ -65,7 +67,7 @@ class Run:
     def start(self) -> None:
         """Make the folder, once the recipe has proved to work."""
         if self.replaces:
-            shutil.rmtree(self.folder)
+            leader_writes(partial(shutil.rmtree, self.folder))()
         if not is_run(self.folder):
             save_text(self.folder / "recipe.yaml", self.recipe)  # first: it marks the folder as a run's
             save_json(self.folder / "environment.json", environment())

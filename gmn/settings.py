@@ -148,6 +148,7 @@ class MetaTrain(Section):
     steps_per_epoch: int = Field(ge=1, description="optimizer steps per epoch")
     batch_size: int = Field(ge=1, description="images per mini-batch")
     batches: int = Field(default=1, ge=1, description="mini-batches per step")
+    models: int = Field(default=1, ge=1, description="data models per step, each with its share of the mini-batches")
     lr: float = Field(default=1e-3, gt=0, description="learning rate of AdamW")
     weight_decay: float = Field(default=5e-4, ge=0, description="weight decay")
     milestones: list[Positive] = Field(default_factory=list, description="epochs at which lr is multiplied by gamma")
@@ -175,6 +176,8 @@ class MetaTrain(Section):
     def _milestones_in_reach(self) -> MetaTrain:
         if self.patience and not self.eval_every:
             raise ValueError("patience counts looks at the pruned networks: give eval_every too")
+        if self.batches % self.models:
+            raise ValueError(f"batches ({self.batches}) must be a multiple of models ({self.models})")
         check_milestones(self.milestones, self.epochs)
         return self
 
@@ -321,6 +324,8 @@ class Recipe(Common):
             raise ValueError(
                 "several data models without a training are all the same: give data_models.fit, or train 1"
             )
+        if self.meta_train.models > models.train:
+            raise ValueError(f"meta_train.models: there are {models.train} data models to learn on (data_models.train)")
         if initial != 1 and self.prune.votes:
             raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
         if not self.prune.of_channels and (initial != 1 or self.report.speed_ups):

@@ -31,6 +31,9 @@ class Fit(Section):
     )
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor at a milestone")
     batch_size: int = Field(default=128, ge=1, description="images per step")
+    accumulate: int = Field(
+        default=1, ge=1, description="parts that a batch goes through the network in, to save memory; norms see a part"
+    )
     images_per_epoch: int | None = Field(default=None, ge=1, description="shorter epochs; null: all images")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
     bf16: bool = Field(default=False, description="forward pass in bfloat16")
@@ -77,6 +80,12 @@ class Fit(Section):
         if self.warmup >= self.epochs:
             whole = "1, all iterations," if self.iterations else f"epochs ({self.epochs})"
             raise ValueError(f"warmup must be below {whole}; got {self.warmup:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _equal_parts(self) -> Fit:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
         return self
 
     @model_validator(mode="after")

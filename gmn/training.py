@@ -22,9 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from gmn.data import Augment, Split
+from gmn.distributed import team
 from gmn.errors import TrainingError
 from gmn.fit_options import Batch, answer, arranged, averaged, cross_entropy, distilled, mixed
 from gmn.progress import track
+from gmn.replicas import averaged_over_processes, replicated
 from gmn.settings import Fit
 from gmn.weight_masks import WeightMask
 
@@ -46,12 +48,15 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
     model.eval()
     right, loss, count = 0, 0.0, 0
     with torch.no_grad():
-        for images, labels in split.sample(limit).batches(batch_size):
+        for images, labels in split.sample(limit).batches(batch_size, parts=team().parts([batch_size])):
+            if not len(labels):
+                continue  # all images of the last batch are other processes'
             logits = model(images)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             count += len(labels)
     model.train(training)
+    loss, right, count = team().total(loss, right, count)
     return Evaluation(right / count, loss / count)
 
 
@@ -74,9 +79,13 @@ def generator(seed: int, epoch: int) -> torch.Generator:
 def passes(
     split: Split, size: int, seed: int, *, augment: Augment | None = None, start: int = 0, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches without end: pass after pass over a split, each shuffled by (seed, number of the pass)."""
+    """Whole batches without end: pass after pass over a split, each shuffled by (seed, number of the pass).
+
+    Of several processes each gets its own part of every batch.
+    """
+    common: dict[str, Any] = {"augment": augment, "limit": limit, "drop_last": True, "parts": team().parts([size])}
     for number in itertools.count(start):
-        yield from split.batches(size, generator=generator(seed, number), augment=augment, limit=limit, drop_last=True)
+        yield from split.batches(size, generator=generator(seed, number), **common)
 
 
 def fit(
@@ -119,7 +128,7 @@ def fit(
         return mixed(taken, config, classes, (seed, epoch)) if config.mixes else taken
 
     def step(batch: Batch) -> Metrics:
-        metrics = _gradient(forward, batch, config, teacher)
+        metrics = averaged_over_processes(_gradient(forward, batch, config, teacher), model)
         if regularize:
             regularize()
         if mask:
@@ -132,7 +141,7 @@ def fit(
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
     held = mask.held(model, optimizer) if mask else nullcontext()
-    with arranged(model, config) as forward, held, averaged(model, optimizer, config.ema):  # averages what is held
+    with replicated(model, size), arranged(model, config) as forward, held, averaged(model, optimizer, config.ema):
         run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
@@ -140,7 +149,19 @@ def fit(
 
 def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None) -> Metrics:
     """Leave the gradient of a batch's loss in the network's parameters; targets are classes or shares of classes."""
-    images, targets = batch
+    sums: dict[str, float] = defaultdict(float)
+    for images, targets in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True):
+        share = len(images) / len(batch[0])
+        for key, value in _part_gradient(forward, (images, targets), share, config, teacher).items():
+            sums[key] += share * value
+    return sums
+
+
+def _part_gradient(
+    forward: Callable[[Tensor], Tensor], part: Batch, share: float, config: Fit, teacher: nn.Module | None
+) -> Metrics:
+    """Add a part's share of the gradient."""
+    images, targets = part
     # autocast around the forward only: around a whole loop it would keep stale bf16 copies of the weights
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
         logits = forward(images)
@@ -148,7 +169,7 @@ def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, te
     if config.distill and teacher is not None:
         said = answer(teacher, images, config.bf16)
         loss = distilled(loss, logits, said, config.distill, config.temperature, len(images))
-    loss.backward()
+    (loss if share == 1 else share * loss).backward()
     labels = targets if targets.dim() == 1 else targets.argmax(1)
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return {"loss": loss.item(), "accuracy": accuracy.item()}
@@ -182,7 +203,7 @@ def run_epochs(
     """
     with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
         for epoch in range(start, epochs):
-            torch.manual_seed(seed * 100_003 + epoch)  # dropout and the like
+            torch.manual_seed(seed * 100_003 + epoch + 7919 * team().rank)  # dropout and the like
             sums: dict[str, float] = defaultdict(float)
             for item in batches(epoch):
                 optimizer.zero_grad(set_to_none=True)

@@ -90,7 +90,7 @@ def _save(job: VoteJob, trial: Trial, finished: Finished, result: Result) -> Non
         classes = hashlib.sha256(json.dumps(target.class_names).encode()).hexdigest()[:8]
         name = f"target-{classes}-seed{job.seed(trial.seed)}"  # two targets, two names: both can join a zoo
         task = dataclasses.replace(target, name=name, split="zoo", seed=job.seed(trial.seed))
-        save_task(path, stored(job.backbone, job.zoo, job.data_of(target), task, finished.shrunk()))
+        save_task(path, stored(job.backbone, job.zoo.identity, job.data_of(target), task, finished.shrunk()))
         say(f"to let it vote next time: gmn zoo add {job.folder} {path}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from gmn.backbone import Backbone
 from gmn.checkpoint import load_model
 from gmn.costs import cost
 from gmn.data import Data
+from gmn.engine import HERE, Engine
 from gmn.errors import CheckpointError, DataError, GmnError
-from gmn.job import Job
+from gmn.job import Job, choose_device
 from gmn.names import nearest
 from gmn.neighbours import Ranking, ranking
 from gmn.progress import say
@@ -133,11 +134,12 @@ class VoteJob(Job):
         more = {"network": self.source, "ratio": self.recipe.ratio, "pruner": self.recipe.zoo.pruner}
         return Zoo.create(self.folder, {**about, **more, "data": self.recipe.data.name})
 
-    def build(self) -> None:
-        """Prune the network for every task of the zoo that is not done yet."""
+    def build(self, engine: Engine = HERE) -> None:
+        """Prune the network for every task of the zoo that is not done yet; `engine` does the work."""
         self.zoo.plan(task for task in self.tasks if task.split == "zoo")
         prune = pruner(self.recipe.zoo.pruning, self.example, self.recipe.ratio, augment=self.augment)
-        build_zoo(self.backbone, self.data, self.zoo, prune)
+        device = partial(choose_device, self.recipe.device)
+        build_zoo(self.backbone, self.data, self.zoo, prune, engine=engine, device=device)
         done = len(self.zoo.tasks(split="zoo"))
         if done < self.recipe.vote.neighbours:
             failed = next(iter(self.zoo.tasks(status="failed")), None)

@@ -5,6 +5,7 @@
 * distillation is T^2 KL from the teacher, which is read in eval mode and left as it was; it needs one
 * mixed images and their targets belong together, follow from (seed, epoch, batch), and leave numpy's generator alone
 * the warm-up gives the learning rates it promises; clipping and a regularizer act between backward and step
+* a batch in parts leaves the gradient of the whole, and the network sees parts only; parts are equal
 * channels last and a compiled forward change nothing but the speed, and leave an ordinary network behind
 """
 
@@ -254,3 +255,21 @@ def test_all_at_once_is_reproducible() -> None:
     first, second = (fitted(teacher=small_network(1), **settings) for _ in range(2))
     assert same(first, second)
     assert all(bool(torch.isfinite(value).all()) for value in first.state_dict().values())
+
+
+def test_a_batch_in_parts() -> None:
+    seen: list[int] = []
+
+    def trained(accumulate: int) -> nn.Module:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+        network.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        settings = Fit(epochs=2, lr=0.1, batch_size=16, label_smoothing=0.1, clip=1.0, accumulate=accumulate)
+        fit(network, dark_and_bright(), settings)
+        return network
+
+    whole, count = trained(1), len(seen)
+    torch.testing.assert_close(flat(trained(4)), flat(whole))
+    assert seen == [16] * count + [4] * 4 * count
+    with pytest.raises(ValueError, match="must be a multiple of accumulate"):
+        Fit(epochs=1, lr=0.1, batch_size=16, accumulate=3)

@@ -32,7 +32,7 @@ LAYERS = (
         "masks",
         "spec_check",
     }
-    | {"views", "drawing", "placement", "strokes", "phases", "stages", "memory", "traffic"},
+    | {"views", "drawing", "placement", "strokes", "phases", "stages", "memory", "traffic", "launch"},
     {
         *(
             "records",
@@ -69,6 +69,7 @@ LAYERS = (
             "filter_pruning",
             "tasks",
             "vote_prune",
+            *("distributed", "replicas", "meta_shares", "engine", "ray_engine"),
             *("backbone", "head_pruning", "simsiam", "reptile", "zoo_build", "neighbours"),
         }
         | {"graph_file", "graph_header", "graph_copies", "network_source", "example"}
@@ -79,7 +80,7 @@ LAYERS = (
         | {"zoo_index", "zoo_reading", "zoo_rows", "zoo_task"},
         {"subject", "convert_cli", "zoo_cli"}
         | {"bench", "bench_checks", "bench_convert", "bench_report", "bench_vote"}
-        | {"bench_metanetwork", "bench_metastep", "bench_workers", "bench_latency"}
+        | {"bench_metanetwork", "bench_metastep", "bench_workers", "bench_latency", "bench_scaling"}
         | {"export_cli", "run_networks"}
         | {
             "pipeline",

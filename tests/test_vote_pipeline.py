@@ -225,15 +225,15 @@ def test_processes_share_the_tasks(
 ) -> None:
     """A helper takes one task and is slow at it: the run does the others and must wait for it, not go on without."""
     folder = shutil.copytree(stopped, tmp_path / "run")
-    zoo, mine, add = Zoo.open(folder / "zoo"), [], zoo_build.add_pruned
+    zoo, mine, add = Zoo.open(folder / "zoo"), [], zoo_build.prune_for
 
     def slow(*arguments: Any) -> Any:
-        mine.append(arguments[3].name)
+        mine.append(arguments[-1].name)
         until(lambda: zoo.counts()["planned"] == 1)  # the run has done all others
         time.sleep(0.8)
         return add(*arguments)
 
-    monkeypatch.setattr(zoo_build, "add_pruned", slow)
+    monkeypatch.setattr(zoo_build, "prune_for", slow)
     process = started(folder, "--resume")
     try:
         pipeline.join(folder)
@@ -260,7 +260,7 @@ def test_a_task_of_a_dying_helper_is_taken_over(stopped: Path, tmp_path: Path, m
     said: list[str] = []
 
     def failing(*arguments: Any) -> Any:
-        taken.append(arguments[3].name)
+        taken.append(arguments[-1].name)
         raise gmn.GmnError("not today")
 
     def kill(line: str) -> None:
@@ -269,7 +269,7 @@ def test_a_task_of_a_dying_helper_is_taken_over(stopped: Path, tmp_path: Path, m
             helper.kill()
             helper.wait()
 
-    monkeypatch.setattr(zoo_build, "add_pruned", failing)
+    monkeypatch.setattr(zoo_build, "prune_for", failing)
     monkeypatch.setattr(zoo_build, "say", kill)
     planned = [task.name for task in zoo.tasks(status="planned")]
     try:

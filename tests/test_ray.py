@@ -1,0 +1,192 @@
+"""Jobs on a Ray cluster of this machine, which starts once for the file.
+
+* every job's result comes back beside it, a GmnError in place of one; jobs are drawn as there is room
+* a worker that is killed in the middle costs its job one try; one that dies every time is an error of that job alone
+* the tasks of a zoo: the same masks, weights and accuracies as in one process, claimed by the caller, whose claims are
+  released when it stops; a worker killed in the middle loses nothing
+* what cannot be is refused in one line
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gmn
+from gmn.backbone import Backbone
+from gmn.data import Data
+from gmn.engine import HERE, Engine, engine_named
+from gmn.ray_engine import RayEngine, ray_engine
+from gmn.settings_vote import FilterPruning
+from gmn.tasks import sample_tasks
+from gmn.zoo import Zoo
+from gmn.zoo_build import Pruner, build_zoo, pruner
+
+pytest.importorskip("ray", reason="ray is not installed: pip install gmn[ray]")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[RayEngine]:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests
+    with ray_engine(retries=1) as found:
+        yield found
+
+
+def root(job: int) -> float:
+    if job < 0:
+        raise gmn.GmnError("no root", got=str(job))
+    return job**0.5
+
+
+@pytest.mark.parametrize("where", ["here", "ray"])
+def test_results_come_back_beside_their_jobs(engine: RayEngine, where: str) -> None:
+    chosen: Engine = engine if where == "ray" else HERE
+    found = dict(chosen.map(root, [4, -1, 9]))
+    assert (found[4], found[9]) == (2.0, 3.0)
+    assert isinstance(found[-1], gmn.GmnError)
+    assert str(found[-1]) == "no root: got -1"
+    assert list(chosen.map(root, [])) == []
+
+
+def test_jobs_are_drawn_as_there_is_room(engine: RayEngine) -> None:
+    drawn: list[int] = []
+
+    def jobs() -> Iterator[int]:
+        for number in range(100):
+            drawn.append(number)
+            yield number
+
+    working = engine.map(root, jobs())
+    next(working)
+    assert len(drawn) == 2 * engine.places()
+    working.close()  # type: ignore[attr-defined]
+
+
+def dying(folder: Path, job: str) -> str:
+    """Kill the worker, each time or only the first time."""
+    tried = folder / job
+    if job == "always" or (job == "once" and not tried.exists()):
+        tried.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+def test_a_killed_worker_costs_a_try(engine: RayEngine, tmp_path: Path) -> None:
+    found = dict(engine.map(partial(dying, tmp_path), ["fine", "once", "always"]))
+    assert (found["fine"], found["once"]) == ("fine", "once")
+    assert (tmp_path / "once").exists()
+    assert isinstance(found["always"], gmn.GmnError)
+    assert "the worker died: got WorkerCrashedError, 2 times" in str(found["always"])
+
+
+# -- a zoo -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return gmn.load_data("digits", limit=200)
+
+
+@pytest.fixture(scope="module")
+def backbone(digits: Data) -> Backbone:
+    torch.manual_seed(0)
+    model = gmn.build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"width": 8, "shortcut": "B"})
+    return Backbone.of(model.eval(), digits.example_inputs())
+
+
+@pytest.fixture(scope="module")
+def prune(digits: Data) -> Pruner:
+    config = FilterPruning(iterations=4, interval=4, final_iterations=2, lr=0.02, batch_size=16, score_images=40)
+    return pruner(config, digits.example_inputs(), 0.5)
+
+
+def planned(folder: Path, backbone: Backbone, digits: Data) -> Zoo:
+    zoo = Zoo.create(folder, backbone.about(ratio=0.5))
+    zoo.plan(task for task in sample_tasks(digits.class_names, [3], 4, 1, seed=0) if task.split == "zoo")
+    return zoo
+
+
+def first_dies(folder: Path, prune: Pruner, model: Any, split: Any, seed: int) -> Any:
+    """As `prune`, in a worker that is killed in the middle of the first task."""
+    try:
+        (folder / "died").touch(exist_ok=False)
+    except FileExistsError:
+        return prune(model, split, seed)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return None
+
+
+def test_a_zoo_is_that_of_one_process(
+    engine: RayEngine, backbone: Backbone, digits: Data, prune: Pruner, tmp_path: Path
+) -> None:
+    near, far = (planned(tmp_path / name, backbone, digits) for name in ("near", "far"))
+    assert build_zoo(backbone, digits, near, prune) == 4
+    assert build_zoo(backbone, digits, far, partial(first_dies, tmp_path, prune), engine=engine) == 4
+    assert (tmp_path / "died").exists()
+    assert far.counts() == {"planned": 0, "done": 4, "failed": 0}
+    assert far.verify() == []
+    names = [task.name for task in near.tasks()]
+    assert {task.name: task.metrics for task in far.tasks()} == {task.name: task.metrics for task in near.tasks()}
+    assert torch.equal(near.masks(names), far.masks(names))
+    for name in names:
+        ours, theirs = near.load(name)[2], far.load(name)[2]
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys())
+    assert build_zoo(backbone, digits, far, prune, engine=engine) == 0
+
+
+class Stopped(Exception):
+    """What a user does to a build."""
+
+
+class Stopping:
+    """An engine that is stopped when it has drawn two jobs."""
+
+    remote = False
+
+    def map(self, function: Any, jobs: Any) -> Iterator[Any]:
+        next(jobs), next(jobs)
+        raise Stopped
+        yield
+
+
+def test_a_stopped_build_gives_its_tasks_back(backbone: Backbone, digits: Data, prune: Pruner, tmp_path: Path) -> None:
+    zoo = planned(tmp_path / "zoo", backbone, digits)
+    with pytest.raises(Stopped):
+        build_zoo(backbone, digits, zoo, prune, engine=Stopping())
+    db = sqlite3.connect(zoo.folder / "index.sqlite")
+    assert db.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    db.close()
+    assert zoo.counts() == {"planned": 4, "done": 0, "failed": 0}
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def refused(name: str, method: str = "vote", **options: Any) -> str:
+    with pytest.raises(gmn.GmnError) as caught, engine_named(name, method, **options):
+        pass
+    return str(caught.value)
+
+
+def test_mistakes_are_one_line(engine: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "did you mean 'ray'" in refused("rai")
+    assert "--engine ray beside them" in refused("here", address="auto")
+    assert "accelerate launch" in refused("ray", "metanetwork")
+    assert "cpus or gpus above 0" in refused("ray", cpus=0.0)
+    said = refused("ray", address="127.0.0.1:1")  # one is connected already
+    assert "no Ray cluster to connect to" in said
+    assert "\n" not in said
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install gmn[ray]" in refused("ray")
