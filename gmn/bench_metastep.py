@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gmn.metanetwork import MetaNetwork
     from gmn.phases import Stopwatch
 
-WAYS: dict[str, dict[str, bool]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "gmn": {},
     "channels_last": {"channels_last": True},
     "bf16": {"channels_last": True, "bf16": True},

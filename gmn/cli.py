@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from gmn.cli_bench import bench_app
 from gmn.cli_options import (
@@ -18,9 +19,21 @@ from gmn.cli_options import (
     NetworkOption,
     WeightsOption,
 )
-from gmn.errors import GmnError
+from gmn.exits import Stopped, verdict
+
+
+class Commands(TyperGroup):
+    """The commands, with Ctrl-C passed on to `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Stopped from error
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -32,6 +45,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: --set meta_train.epochs=3")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder. Default: runs/NAME")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of everything random, as --set seed=N.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 
 
@@ -40,10 +54,15 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
     """Options of all commands; `main` reads --debug itself."""
 
 
-@app.command("meta-train", epilog="Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --set seed=1")
+def _overrides(fields: list[str] | None, seed: int | None) -> list[str]:
+    return [*(fields or ()), *([] if seed is None else [f"seed={seed}"])]
+
+
+@app.command("meta-train", epilog="Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --seed 1 --resume")
 def meta_train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
+    seed: SeedOption = None,
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -52,7 +71,7 @@ def meta_train(
     from gmn import pipeline, report  # torch takes seconds to import: not for --help
     from gmn import recipe as recipes
 
-    settings = recipes.load_recipe(recipe, overrides or ())
+    settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / settings.name
     report.show(pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite), folder)
 
@@ -68,6 +87,7 @@ def prune(
     recipe: RecipeArgument,
     meta: Annotated[Path, typer.Option("--meta", help="A run folder, a saved metanetwork or a zoo.")],
     overrides: SetOption = None,
+    seed: SeedOption = None,
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -76,7 +96,7 @@ def prune(
     from gmn import pipeline, report
     from gmn import recipe as recipes
 
-    settings = recipes.load_recipe(recipe, overrides or ())
+    settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / f"{settings.name}-pruned"
     report.show(pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite), folder)
 
@@ -278,21 +298,18 @@ def zoo_add(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2; a bug keeps its traceback."""
+    """Entry point: what ends a command is one line and an exit code (`gmn.exits`); a bug keeps its traceback."""
     debug = "--debug" in sys.argv[1:]
     arguments: list[Any] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
-    except GmnError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        found = verdict(error, resumable=arguments[:1] in (["meta-train"], ["prune"]))
+        if debug or found is None:
             raise
-        print(f"gmn: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # no permission, disk full
-        if debug:
-            raise
-        print(f"gmn: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        sys.exit(2)
+        code, line = found
+        print(f"gmn: {line}", file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

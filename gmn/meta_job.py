@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 
 from gmn.api import zoo_path
 from gmn.backbone import Backbone
+from gmn.bookmark import Bookmark
 from gmn.builder import Layout
 from gmn.checkpoint import (
+    is_readable,
     load_json,
     load_metanetwork,
     optimizer_tensors,
@@ -34,11 +36,11 @@ from gmn.job import Job
 from gmn.learnt import adopt, further, named
 from gmn.library_pruner import Pruner, library_pruner, prune_with
 from gmn.limits import kept_whole
-from gmn.meta_train import DataModel, train_metanetwork
+from gmn.meta_train import TITLE, DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
 from gmn.ranking import Pruned, masks_of
-from gmn.run import Run
+from gmn.run import UNDER_WAY, Run
 from gmn.settings import Criterion, Fit, Recipe
 from gmn.stages import stage
 from gmn.trace import clone
@@ -248,7 +250,7 @@ class MetaJob(Job):
 
     def learn(self) -> None:
         """Meta-train; one checkpoint per epoch, from the last of which a stopped run goes on."""
-        settings, done = self.recipe.meta_train, max(self.checkpoints(), default=0)
+        settings, done = self.recipe.meta_train, self._last_sound()
         if done == settings.epochs or self._no_better(done):
             return
         subjects = [self.subject(self.data_model(index)) for index in range(self.recipe.data_models.train)]
@@ -278,7 +280,20 @@ class MetaJob(Job):
                 optimizer=optimizer,
                 log=self.run.logger("meta-train"),
                 after_epoch=save,
+                bookmark=Bookmark(self.run.folder / UNDER_WAY / TITLE, self.recipe.checkpoint_every),
             )
+
+    def _last_sound(self) -> int:
+        """The last epoch with a checkpoint, 0 if none; a damaged one is deleted with those after it."""
+        done = 0
+        for epoch in self.checkpoints():
+            if not is_readable(self.checkpoint(epoch), f"meta-training goes on after epoch {done}"):
+                for later in self.checkpoints()[::-1]:
+                    if later >= epoch:
+                        self.checkpoint(later).unlink()
+                break
+            done = epoch
+        return done
 
     def new_metanetwork(self, subjects: list[DataModel]) -> MetaNetwork:
         """An untrained metanetwork with an encoder for every kind of edge in the data models."""
@@ -308,7 +323,7 @@ class MetaJob(Job):
         Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.
         """
         target = self.run.folder / "metanetwork.safetensors"
-        if not target.is_file():
+        if not is_readable(target, "the checkpoint is chosen again"):
             scores: dict[int, float] = {}
             epochs = [0, *self.checkpoints()]
             with track("choosing the checkpoint", len(epochs)) as advance:
@@ -336,7 +351,9 @@ class MetaJob(Job):
                 accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
             return {"validation_accuracy": sum(accuracies) / len(accuracies)}
 
-        return self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]
+        found = self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]
+        self.run.forget()
+        return found
 
     def rewritten(self, index: int, epoch: int, tuning: Fit | None) -> nn.Module:
         """A judge as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""

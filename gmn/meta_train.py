@@ -18,13 +18,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from gmn.bookmark import Bookmark
 from gmn.data import Augment, Split
 from gmn.fit_options import Batch, answer, distilled
 from gmn.graph import NetworkGraph
+from gmn.guard import Pieces
 from gmn.metanetwork import MetaNetwork
 from gmn.phases import Phase, untimed
 from gmn.settings import MetaTrain
 from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
+
+TITLE = "meta-training"
+STEP = ("pruner_reg", "scale_invariant", "distill", "temperature", "bf16", "channels_last")  # of the recipe, in a step
 
 
 class Sparsity(Protocol):
@@ -56,6 +61,7 @@ def meta_step(
     bf16: bool = False,
     channels_last: bool = False,
     phase: Phase = untimed,
+    pieces: Pieces | None = None,
 ) -> Metrics:
     """Leave the gradient of (accuracy loss + pruner_reg * sparsity loss) in the metanetwork's parameters.
 
@@ -70,6 +76,7 @@ def meta_step(
         temperature: Of the distillation, see `gmn.fit_options.divergence`.
         bf16, channels_last: How the new network reads the images.
         phase: Times the parts of the step.
+        pieces: How mini-batches are cut where memory is short; the gradient is the same, to rounding.
 
     Returns:
         Losses, accuracy, and the norms of both gradients with respect to the new parameters.
@@ -79,7 +86,8 @@ def meta_step(
     leaves = {name: value.detach().requires_grad_() for name, value in new.items()}
     with phase("accuracy"):
         options = {"distill": distill, "temperature": temperature, "bf16": bf16, "channels_last": channels_last}
-        metrics = _accuracy_gradient(subject.model, leaves, batches, **options)
+        parts = [part for batch in batches for part in pieces.cut(batch)] if pieces else batches
+        metrics = _accuracy_gradient(subject.model, leaves, parts, **options)
     with phase("sparsity"):
         sparsity = subject.importance.sparsity_loss(leaves, scale_invariant=scale_invariant)
         sparsity_gradient = torch.autograd.grad(pruner_reg * sparsity, list(leaves.values()), allow_unused=True)
@@ -90,7 +98,8 @@ def meta_step(
     with phase("metanetwork backward"):
         total = [_sum(leaf, gradient) for leaf, gradient in zip(leaves.values(), sparsity_gradient, strict=True)]
         torch.autograd.backward(list(new.values()), total)
-    return metrics | {"sparsity": sparsity.item(), **norms}
+    cut = {"pieces": pieces.count} if pieces and pieces.count > 1 else {}
+    return metrics | {"sparsity": sparsity.item(), **norms, **cut}
 
 
 def _accuracy_gradient(
@@ -143,6 +152,7 @@ def train_metanetwork(
     optimizer: Optimizer | None = None,
     log: Callable[[Metrics], None] | None = None,
     after_epoch: Callable[[int, Optimizer], bool | None] | None = None,
+    bookmark: Bookmark | None = None,
 ) -> None:
     """Train a metanetwork in place: `config.epochs` epochs of `config.steps_per_epoch` steps.
 
@@ -151,11 +161,15 @@ def train_metanetwork(
         split: The training images.
         start, optimizer: First epoch and restored optimizer, when a run is resumed.
         after_epoch: Called with the epoch and the optimizer, to save a checkpoint; True stops the training.
+        bookmark: Where an epoch that takes long is kept, and goes on from.
     """
     for subject in subjects:
         subject.model.eval()
     optimizer = optimizer or make_optimizer(metanetwork, config)
     schedule = make_schedule(optimizer, config, config.steps_per_epoch, done=start * config.steps_per_epoch)
+
+    pieces = Pieces(TITLE, config.batch_size)
+    options = config.model_dump(include=set(STEP))
 
     def batches(epoch: int) -> Iterator[tuple[DataModel, list[Batch]]]:
         rng = generator(seed, epoch)
@@ -165,16 +179,7 @@ def train_metanetwork(
             yield subject, [next(stream) for _ in range(config.batches)]
 
     def step(item: tuple[DataModel, list[Batch]]) -> Metrics:
-        return meta_step(
-            metanetwork,
-            *item,
-            pruner_reg=config.pruner_reg,
-            scale_invariant=config.scale_invariant,
-            distill=config.distill,
-            temperature=config.temperature,
-            bf16=config.bf16,
-            channels_last=config.channels_last,
-        )
+        return meta_step(metanetwork, *item, **options, pieces=pieces)
 
     save = None if after_epoch is None else lambda epoch: after_epoch(epoch, optimizer)
     run_epochs(
@@ -184,11 +189,14 @@ def train_metanetwork(
         step,
         optimizer,
         schedule,
+        model=metanetwork,
         seed=seed,
-        title="meta-training",
+        title=TITLE,
         start=start,
         log=log,
         after_epoch=save,
+        bookmark=bookmark,
+        pieces=pieces,
     )
 
 

@@ -9,6 +9,8 @@ vote:         network + tasks --prune for each--> zoo of masks and weights
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ def meta_train(recipe: AnyRecipe, folder: Path, *, resume: bool = False, overwri
 
     Everything finished is kept in the run folder, so that `resume` goes on where a run stopped.
     """
-    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    return _learn_votes(recipe, run) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
+    with Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite) as run:
+        return _learn_votes(recipe, run) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
 
 
 def prune_recipe(
@@ -58,13 +60,13 @@ def prune_recipe(
     if (zoo or overwrite) and path.resolve().is_relative_to(folder.resolve()):
         hint = "give another with --run"
         raise RecipeError("the run folder is the one that was learnt in", got=str(folder), hint=hint)
-    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    if isinstance(recipe, VoteRecipe):
-        return _prune_with_votes(recipe, run, path)
-    metanetwork, layout, _ = load_metanetwork(path)
-    job = MetaJob(recipe, run, (metanetwork, layout))
-    adopt(run, METANETWORK, path)
-    return compare(job, metanetwork.to(job.device), layout)
+    with Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite) as run:
+        if isinstance(recipe, VoteRecipe):
+            return _prune_with_votes(recipe, run, path)
+        metanetwork, layout, _ = load_metanetwork(path)
+        job = MetaJob(recipe, run, (metanetwork, layout))
+        adopt(run, METANETWORK, path)
+        return compare(job, metanetwork.to(job.device), layout)
 
 
 def join(folder: Path) -> None:
@@ -85,16 +87,18 @@ def reopened(folder: Path) -> VoteJob:
     if (folder / VOTERS).is_file():
         hint = f"its voters are in {load_json(folder / VOTERS)['zoo']}"
         raise RecipeError("the run has no zoo", expected="a run of gmn meta-train", got=str(folder), hint=hint)
-    return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
+    return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True, shared=True))
 
 
-def reopened_metanetwork(folder: Path) -> MetaJob:
+@contextmanager
+def reopened_metanetwork(folder: Path) -> Iterator[MetaJob]:
     """A run that meta-trained, to look at; RecipeError if it is of another method."""
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
         raise RecipeError("the run has no metanetwork", expected=expected, got=str(folder))
-    return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
+    with Run(folder, dump_recipe(recipe), resume=True) as run:
+        yield MetaJob(recipe, run)
 
 
 def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:

@@ -1,18 +1,17 @@
 """The only training loop, and the only evaluation.
 
-`run_epochs` is the loop: data models, fine-tuning and the metanetwork all train in it and differ in their `step`.
-Everything random in an epoch follows from (seed, epoch), so a resumed run sees the same batches.
+`gmn.loop.run_epochs` is the loop: data models, fine-tuning and the metanetwork all train in it and differ in their
+`step`. Everything random in an epoch follows from (seed, epoch), so a resumed run sees the same batches.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
+from gmn.bookmark import Bookmark
 from gmn.data import Augment, Split
 from gmn.errors import TrainingError
 from gmn.fit_options import Batch, answer, arranged, averaged, cross_entropy, distilled, mixed
-from gmn.progress import track
+from gmn.guard import Metrics, Pieces
+from gmn.loop import run_epochs
 from gmn.settings import Fit
 from gmn.weight_masks import WeightMask
-
-Item = TypeVar("Item")
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ def fit(
     teacher: nn.Module | None = None,
     regularize: Callable[[], None] | None = None,
     mask: WeightMask | None = None,
+    bookmark: Bookmark | None = None,
 ) -> None:
     """Train a network in place with cross-entropy; it is left in eval mode.
 
@@ -103,9 +102,13 @@ def fit(
         teacher: The network to distil from where `config.distill` asks for it, such as the unpruned one.
         regularize: Called between backward and step, to add to the gradients.
         mask: Weights that are zero, and stay so after every step.
+        bookmark: Where a long training is kept while it is under way, and goes on from.
+
+    A step with a loss or gradient that is not finite is skipped. Where an accelerator's memory does not suffice, a
+    mini-batch is read in pieces, to which batch norms adapt: the only case in which results depend on memory.
 
     Raises:
-        TrainingError: if the loss is NaN or infinite, or distillation lacks its teacher.
+        TrainingError: if loss or gradient is NaN or infinite several times in a row, or distillation lacks its teacher.
     """
     if config.distill and teacher is None:
         raise TrainingError(f"{title}: distillation needs a teacher", hint="set distill: 0 for this training")
@@ -119,7 +122,7 @@ def fit(
         return mixed(taken, config, classes, (seed, epoch)) if config.mixes else taken
 
     def step(batch: Batch) -> Metrics:
-        metrics = _gradient(forward, batch, config, teacher)
+        metrics = _gradient(forward, batch, config, teacher, pieces)
         if regularize:
             regularize()
         if mask:
@@ -129,17 +132,33 @@ def fit(
         return metrics
 
     model.train()
+    pieces = Pieces(title, size, least=2)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
     held = mask.held(model, optimizer) if mask else nullcontext()
-    with arranged(model, config) as forward, held, averaged(model, optimizer, config.ema):  # averages what is held
-        run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
+    with arranged(model, config) as forward, held, averaged(model, optimizer, config.ema) as average:  # of what is held
+        own = {"model": model, "average": average, "bookmark": bookmark, "pieces": pieces}
+        run_epochs(config.epochs, steps, batches, step, optimizer, schedule, **own, seed=seed, title=title, log=log)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
 
 
-def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None) -> Metrics:
-    """Leave the gradient of a batch's loss in the network's parameters; targets are classes or shares of classes."""
+def _gradient(
+    forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None, pieces: Pieces
+) -> Metrics:
+    """Leave the gradient of a batch's loss in the network's parameters, piece by piece."""
+    metrics = {"loss": 0.0, "accuracy": 0.0}
+    for part in pieces.cut(batch):
+        share = len(part[1]) / len(batch[1])
+        for key, value in _piece(forward, part, config, teacher, share).items():
+            metrics[key] += share * value
+    return metrics if pieces.count == 1 else {**metrics, "pieces": pieces.count}
+
+
+def _piece(
+    forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None, share: float
+) -> Metrics:
+    """Add the gradient of a share of the loss; targets are classes or shares of classes."""
     images, targets = batch
     # autocast around the forward only: around a whole loop it would keep stale bf16 copies of the weights
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
@@ -148,55 +167,10 @@ def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, te
     if config.distill and teacher is not None:
         said = answer(teacher, images, config.bf16)
         loss = distilled(loss, logits, said, config.distill, config.temperature, len(images))
-    loss.backward()
+    (share * loss).backward()
     labels = targets if targets.dim() == 1 else targets.argmax(1)
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return {"loss": loss.item(), "accuracy": accuracy.item()}
-
-
-def run_epochs(
-    epochs: int,
-    steps: int,
-    batches: Callable[[int], Iterable[Item]],
-    step: Callable[[Item], Metrics],
-    optimizer: Optimizer,
-    schedule: LambdaLR,
-    *,
-    seed: int,
-    title: str,
-    start: int = 0,
-    log: Callable[[Metrics], None] | None = None,
-    after_epoch: Callable[[int], bool | None] | None = None,
-) -> None:
-    """The loop: `step` leaves gradients, the optimizer takes them; `after_epoch` may save, and says True to stop.
-
-    Args:
-        epochs, steps: Number of epochs, and of steps in each.
-        batches: What an epoch consists of.
-        step: Computes the gradients of one step and returns its metrics.
-        start: First epoch, when a run is resumed.
-        log: Gets the mean metrics of each epoch.
-
-    Raises:
-        TrainingError: if the loss is NaN or infinite.
-    """
-    with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
-        for epoch in range(start, epochs):
-            torch.manual_seed(seed * 100_003 + epoch)  # dropout and the like
-            sums: dict[str, float] = defaultdict(float)
-            for item in batches(epoch):
-                optimizer.zero_grad(set_to_none=True)
-                metrics = step(item)
-                _refuse_non_finite(metrics, title, epoch)
-                optimizer.step()
-                schedule.step()
-                for key, value in metrics.items():
-                    sums[key] += value / steps
-                advance(", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
-            if log:
-                log({"epoch": epoch + 1, **sums})
-            if after_epoch and after_epoch(epoch):
-                break
 
 
 def make_optimizer(model: nn.Module, config: Any) -> Optimizer:
@@ -226,14 +200,3 @@ def make_schedule(optimizer: Optimizer, config: Any, steps: int, *, done: int = 
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr
     return LambdaLR(optimizer, factor, last_epoch=done - 1)
-
-
-def _refuse_non_finite(metrics: Metrics, title: str, epoch: int) -> None:
-    bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"{title}: {bad[0]} is not finite",
-            got=str(metrics[bad[0]]),
-            where=f"epoch {epoch + 1}",
-            hint="lower the learning rate",
-        )
