@@ -63,6 +63,8 @@ def run_epochs(
             place = place if place.epoch == epoch else Place(epoch, seconds=place.seconds)
             began = time.perf_counter() - (place.seconds.pop() if place.step else 0.0)
             place.seconds.append(0.0)
+            if place.step == steps:  # that one is only to be logged
+                random.clear()
             for item in itertools.islice(batches(epoch), place.step, None) if place.step < steps else ():
                 set_random_numbers(random)
                 metrics = guard.take(step, item, epoch)

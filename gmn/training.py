@@ -1,7 +1,9 @@
 """The only training loop, and the only evaluation.
 
 `gmn.loop.run_epochs` is the loop: data models, fine-tuning and the metanetwork all train in it and differ in their
-`step`. Everything random in an epoch follows from (seed, epoch), so a resumed run sees the same batches.
+`step`. Everything random in an epoch follows from (seed, epoch), so a resumed run sees the same batches. Where an
+accelerator's memory does not suffice, mini-batches are read in pieces, whose own statistics batch norms then learn
+from: the only case in which results depend on memory.
 """
 
 from __future__ import annotations
@@ -97,15 +99,11 @@ def fit(
         model: The network.
         split: The training images.
         config: The training's numbers.
-        seed, augment: Of the batches.
-        title, log: In progress and errors; gets the mean metrics of each epoch.
+        seed, augment, title, log: Of the batches; in progress and errors; gets the mean metrics of each epoch.
         teacher: The network to distil from where `config.distill` asks for it, such as the unpruned one.
         regularize: Called between backward and step, to add to the gradients.
         mask: Weights that are zero, and stay so after every step.
         bookmark: Where a long training is kept while it is under way, and goes on from.
-
-    A step with a loss or gradient that is not finite is skipped. Where an accelerator's memory does not suffice, a
-    mini-batch is read in pieces, to which batch norms adapt: the only case in which results depend on memory.
 
     Raises:
         TrainingError: if loss or gradient is NaN or infinite several times in a row, or distillation lacks its teacher.
