@@ -41,10 +41,9 @@ def run_epochs(
         epochs, steps: Number of epochs, and of steps in each.
         batches: What an epoch consists of, the same whenever it is asked for.
         step: Computes the gradients of one step and returns its metrics.
-        model: What is trained.
+        model, average: What is trained, and averaged weights that belong to it.
         start: First epoch, when a run is resumed; the schedule stands there.
         log: Gets the mean metrics of each epoch, and `skipped`, the number of steps not taken, where there are such.
-        average: Averaged weights that belong to the training.
         bookmark: Where a long training is kept, and goes on from.
         pieces: How `step` cuts mini-batches.
 
@@ -67,8 +66,7 @@ def run_epochs(
                 random.clear()
             for item in itertools.islice(batches(epoch), place.step, None) if place.step < steps else ():
                 set_random_numbers(random)
-                metrics = guard.take(step, item, epoch)
-                _add(place, metrics, steps)
+                _add(place, metrics := guard.take(step, item, epoch), steps)
                 place.seconds[-1] = time.perf_counter() - began
                 advance(", ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items()))
                 if bookmark and bookmark.is_due():

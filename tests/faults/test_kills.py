@@ -134,39 +134,36 @@ def test_a_run_that_is_killed_again_and_again(order: Order, meta: Whole, tmp_pat
     assert evidence(folder) == meta[1]
 
 
+PENDING = "zoo/tasks/."
+"""The file of a task that is being handed in."""
+
+
 def test_a_worker_of_a_zoo_is_killed(order: Order, vote: Whole, tmp_path: Path) -> None:
-    """The other one takes over, without a resume."""
-    check_worker(order, vote, tmp_path, tick=40)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("number", range(10))
-def test_full_disks(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
-    folder, tick = str(tmp_path / "run"), moments(meta[2], 10, seed=4)[number]
-    assert order(["meta-train", META, folder, tick, "full"])[0][0] in (0, 3)  # 0: nothing was written after that
-    assert order(["meta-train", META, folder])[0][0] == 0
-    assert evidence(tmp_path / "run") == meta[1]
+    """When it hands in a task; the other one takes over, without a resume."""
+    assert build_together(order, vote, tmp_path, PENDING) == -signal.SIGKILL
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("tick", moments(150, 10, seed=2))
 def test_workers_of_a_zoo_are_killed(order: Order, vote: Whole, tmp_path: Path, tick: int) -> None:
-    check_worker(order, vote, tmp_path, tick)
+    build_together(order, vote, tmp_path, tick)
 
 
-def check_worker(order: Order, vote: Whole, tmp_path: Path, tick: int) -> None:
+def build_together(order: Order, vote: Whole, tmp_path: Path, tick: int | str) -> int:
+    """Two processes go on with a run that was killed over its first task, one until the tick; how that one ended."""
     folder = str(tmp_path / "run")
+    assert order(["meta-train", VOTE, folder, PENDING])[0][0] == -signal.SIGKILL
     (main, _), (worker, _) = order(["meta-train", VOTE, folder], ["join", VOTE, folder, tick])
-    assert (main, worker) == (0, -signal.SIGKILL)
+    assert main == 0
     assert evidence(tmp_path / "run") == vote[1]
+    return worker
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("number", range(10))
 def test_both_builders_of_a_zoo_are_killed(order: Order, vote: Whole, tmp_path: Path, number: int) -> None:
     folder, tick = str(tmp_path / "run"), moments(vote[2] // 2, 10, seed=3)[number]
-    order(["meta-train", VOTE, folder, tick])
-    if (tmp_path / "run" / "zoo" / "network" / "model.json").exists():
-        order(["join", VOTE, folder, 30])
+    assert order(["meta-train", VOTE, folder, PENDING])[0][0] == -signal.SIGKILL
+    order(["meta-train", VOTE, folder, tick], ["join", VOTE, folder, tick])
     assert order(["meta-train", VOTE, folder])[0][0] == 0
     assert evidence(tmp_path / "run") == vote[1]

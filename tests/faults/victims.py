@@ -1,7 +1,8 @@
 """Runs that kill themselves: a server that imports everything once, and forks a process for every run.
 
 It reads orders from stdin, a line of JSON each: a list of `[verb, recipe, folder, tick, fault]`, which run at the same
-time: `gmn VERB` on the folder, with a recipe and overrides. At the tick (null: never) the fault happens:
+time: `gmn VERB` on the folder, with a recipe and overrides. At the tick (null: never) the fault happens; in place of a
+number it may be a part of a path, and means the first access to such a file:
 
     kill        the process sends itself SIGKILL
     interrupt   it sends itself SIGINT, as Ctrl-C does
@@ -27,9 +28,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from gmn import report
 from gmn.cli import main as gmn
 
-Job = tuple[str, list[str], str, int | None, str]
+Job = tuple[str, list[str], str, int | str | None, str]
 FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "sqlite3.connect")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -37,25 +39,30 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 class Clock:
     """Counts ticks, and lets a fault happen at one of them."""
 
-    def __init__(self, folder: str, last: int | None, fault: str) -> None:
+    def __init__(self, folder: str, last: int | str | None, fault: str) -> None:
         self.folder, self.last, self.fault, self.ticks = folder, last, fault, 0
 
     def tick(self, *_: object) -> None:
         self.ticks += 1
         if self.ticks == self.last and self.fault != "full":
-            os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGINT)
+            self.end()
+
+    def end(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGINT)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Python tells what it is about to do; an error here is one of the operation."""
         if event not in FILES or not arguments or self.folder not in str(arguments[0]):
             return
         self.tick()
+        if isinstance(self.last, str) and self.last in str(arguments[0]):
+            self.end()
         writes = event == "os.rename" or (event == "open" and arguments[2] & WRITING)
-        if self.fault == "full" and self.last is not None and self.ticks >= self.last and writes:
+        if self.fault == "full" and isinstance(self.last, int) and self.ticks >= self.last and writes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
 
 
-def work(verb: str, recipe: list[str], folder: str, last: int | None, fault: str) -> tuple[int, int]:
+def work(verb: str, recipe: list[str], folder: str, last: int | str | None, fault: str) -> tuple[int, int]:
     """`gmn VERB` in this process; its exit code, and how many ticks it had."""
     clock = Clock(folder, last, fault)
     sys.addaudithook(clock.audit)
@@ -66,7 +73,7 @@ def work(verb: str, recipe: list[str], folder: str, last: int | None, fault: str
         while not (Path(folder) / "zoo" / "index.sqlite").exists():
             time.sleep(0.01)
         arguments = [verb, folder]
-    sys.argv = ["gmn", *arguments]
+    sys.argv, report.show = ["gmn", *arguments], lambda *_: None  # type: ignore[assignment]  # pictures take long
     try:
         gmn()
     except SystemExit as end:
@@ -101,6 +108,7 @@ def main() -> None:
             answer.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(ticks or 0)])
         ANSWERS.write(json.dumps(answer) + "\n")
         ANSWERS.flush()
+    ANSWERS.close()
 
 
 ANSWERS = os.fdopen(os.dup(1), "w")
