@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gmn.checkpoint import is_readable, load_tensors, optimizer_tensors, restore_optimizer, save_tensors
-from gmn.progress import say
 
 Tensors = dict[str, Tensor]
 KEPT = 2
@@ -123,8 +122,3 @@ def set_random_numbers(states: Tensors) -> None:
     if CUDA_RANDOM in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states.pop(CUDA_RANDOM))
     states.clear()
-
-
-def said(title: str, place: Place) -> None:
-    """One line about a training that goes on."""
-    say(f"{title} goes on in epoch {place.epoch + 1}, after {place.step} steps")

@@ -27,13 +27,8 @@ from gmn.progress import say
 from gmn.surgery import resize
 
 WEIGHTS = "weights.safetensors"
-ABOUT_MODELS = (
-    "network",
-    "format",
-    "heads",
-    "input_shape",
-    "weights_sha256",
-)  # in model.json, beside what was measured
+# of model.json, beside what was measured
+ABOUT_MODELS = ("network", "format", "heads", "input_shape", "weights_sha256")
 FORMAT = 1  # raised when a reader of older files would misread newer ones
 
 

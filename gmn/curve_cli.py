@@ -20,7 +20,8 @@ from gmn.pipeline import reopened_metanetwork
 
 def curve(run: Path, *, checkpoints: str | None, points: int, images: int, drop: float, finetune_images: int) -> None:
     """Draw accuracy against speed-up for some checkpoints; default: none, the chosen one and the last."""
-    with reopened_metanetwork(run) as job:
+    job = reopened_metanetwork(run)
+    with job.run:
         chosen = _usual(job) if checkpoints is None else numbers("--checkpoints", checkpoints, least=0)
         content = curves.study(job, curves.Choices(chosen, points, images, drop, finetune_images))
         _show(content)
@@ -31,7 +32,8 @@ def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -
     """Find the last checkpoint that is accurate enough; `use` makes it the run's metanetwork."""
     if not 0 < min_accuracy < 1:
         raise GmnError("not an accuracy", expected="such as 0.91", got=str(min_accuracy), where="--min-accuracy")
-    with reopened_metanetwork(run) as job:
+    job = reopened_metanetwork(run)
+    with job.run:
         epoch, probes = checkpoint_search.search(job, min_accuracy, finetune_images=finetune_images)
         _show_probes(job, probes, finetune_images)
         path = job.checkpoint(epoch)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from gmn.bookmark import Bookmark, Place, said, set_random_numbers
+from gmn.bookmark import Bookmark, Place, set_random_numbers
 from gmn.guard import Guard, Item, Metrics, Pieces
-from gmn.progress import track
+from gmn.progress import say, track
 from gmn.stages import spend
 
 
@@ -81,7 +81,7 @@ def run_epochs(
 
 def _go_on(title: str, place: Place, start: int, steps: int, schedule: LambdaLR) -> None:
     """Bring schedule and stopwatch from the beginning of epoch `start` to where the training stands."""
-    said(title, place)
+    say(f"{title} goes on in epoch {place.epoch + 1}, after {place.step} steps")
     spend(place.since(start))
     schedule.last_epoch += (place.epoch - start) * steps + place.step
     for group, rate, factor in zip(

@@ -291,6 +291,7 @@ class MetaJob(Job):
                 for later in self.checkpoints()[::-1]:
                     if later >= epoch:
                         self.checkpoint(later).unlink()
+                self.run.forget()
                 break
             done = epoch
         return done
@@ -351,9 +352,7 @@ class MetaJob(Job):
                 accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
             return {"validation_accuracy": sum(accuracies) / len(accuracies)}
 
-        found = self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]
-        self.run.forget()
-        return found
+        return self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]
 
     def rewritten(self, index: int, epoch: int, tuning: Fit | None) -> nn.Module:
         """A judge as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""

@@ -9,8 +9,6 @@ vote:         network + tasks --prune for each--> zoo of masks and weights
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +88,13 @@ def reopened(folder: Path) -> VoteJob:
     return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True, shared=True))
 
 
-@contextmanager
-def reopened_metanetwork(folder: Path) -> Iterator[MetaJob]:
-    """A run that meta-trained, to look at; RecipeError if it is of another method."""
+def reopened_metanetwork(folder: Path) -> MetaJob:
+    """A run that meta-trained, to look at; RecipeError if it is of another method. `with job.run` lets go of it."""
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
         raise RecipeError("the run has no metanetwork", expected=expected, got=str(folder))
-    with Run(folder, dump_recipe(recipe), resume=True) as run:
-        yield MetaJob(recipe, run)
+    return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
 
 
 def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from gmn import report
+from gmn import pipeline, report
 from gmn.cli import main as gmn
 
+assert pipeline  # imported once, not in every process
 Job = tuple[str, list[str], str, int | str | None, str]
 FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "sqlite3.connect")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
