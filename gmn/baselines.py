@@ -24,7 +24,7 @@ from torch import nn
 
 from gmn.budget import merged
 from gmn.builder import Layout
-from gmn.checkpoint import load_json, load_model, save_model
+from gmn.checkpoint import is_saved, load_json, load_model, save_model
 from gmn.costs import Cost
 from gmn.library_pruner import prune_with
 from gmn.meta_job import MetaJob
@@ -119,9 +119,10 @@ class Trial:
         """The network before pruning; with several speed-ups it is made for the first of them, and kept."""
         if not self._several:
             return make()
-        if not (self.first / "model.json").is_file():
+        if not is_saved(self.first):
             model = make().eval()
             save_model(self.first, model, self.job.source, stages=self.stages, input_shape=self.job.data.input_shape)
+            self.job.run.forget()
         self.stages.update(load_json(self.first / "model.json")["stages"])
         return load_model(self.first).to(self.job.device)
 

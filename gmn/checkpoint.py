@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -21,17 +23,28 @@ from gmn.errors import CheckpointError, GmnError
 from gmn.heads import head_counts, restore_heads
 from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network
+from gmn.processes import temporary_name
+from gmn.progress import say
 from gmn.surgery import resize
 
+WEIGHTS = "weights.safetensors"
+# of model.json, beside what was measured
+ABOUT_MODELS = ("network", "format", "heads", "input_shape", "weights_sha256")
 FORMAT = 1  # raised when a reader of older files would misread newer ones
 
 
 @leader_writes
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary name beside `path`, flush to disk, then rename: never a half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Call `write` with a temporary name beside `path`, flush to disk, then rename: never a half-written file.
+
+    The folder is flushed too: after a power cut either the old file is there or the new one.
+
+    Raises:
+        OSError: with the file's name, if the disk is full, read-only or broken; the old file is whole then.
+    """
+    temporary = temporary_name(path)
     try:
+        make_folder(path.parent)
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
@@ -39,8 +52,31 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not name its file
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a power cut does not take them away."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_json(path: Path, content: Any) -> None:
@@ -72,15 +108,35 @@ def load_json(path: Path) -> Any:
         raise CheckpointError("not a JSON file", got=str(error), where=str(path)) from error
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], meta: Any) -> None:
-    """One safetensors file with a JSON header `meta`."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], meta: Any) -> str:
+    """One safetensors file with a JSON header `meta` and a checksum over all of it, which is returned."""
     ready = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    header = {"gmn": json.dumps({"format": FORMAT, "content": meta})}
-    write_atomic(path, lambda temporary: safetensors.torch.save_file(ready, temporary, metadata=header))
+    digest = checksum(ready, meta)
+    header = {"gmn": json.dumps({"format": FORMAT, "content": meta, "sha256": digest})}
+    save_bytes(path, safetensors.torch.save(ready, metadata=header))
+    return digest
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """What `save_tensors` wrote; CheckpointError if the file is missing, torn, or of another kind."""
+    """What `save_tensors` wrote; CheckpointError if the file is missing, torn, changed, or of another kind."""
+    tensors, meta, _ = _load(path)
+    return tensors, meta
+
+
+def is_readable(path: Path, else_: str = "it is made again") -> bool:
+    """Whether `save_tensors` wrote a file that is whole; of a damaged one a line is said, with what is done instead."""
+    if not path.is_file():
+        return False
+    try:
+        _load(path)
+    except CheckpointError as error:
+        say(f"warning: {error}; {else_}")
+        return False
+    return True
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
+    """Tensors, header and checksum of a file; files of an older gmn have no checksum."""
     if not path.is_file():
         raise CheckpointError("no such file", got=str(path))
     try:
@@ -91,7 +147,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise CheckpointError("cannot read the file", got=str(error).split("\n")[0], where=str(path)) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError("not a gmn file of this version", expected=f"format {FORMAT}", where=str(path))
-    return tensors, header["content"]
+    stated, meta = header.get("sha256"), header.get("content")
+    if stated is not None and stated != (found := checksum(tensors, meta)):
+        expected, got = f"{str(stated)[:16]}...", f"{found[:16]}..."
+        raise CheckpointError("the file has another checksum", expected=expected, got=got, where=str(path))
+    return tensors, meta, stated
+
+
+def checksum(tensors: dict[str, Tensor], meta: Any) -> str:
+    """SHA-256 of the header's text, and of the name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps(meta).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # -- optimizer ---------------------------------------------------------------------------------------------------------
@@ -153,9 +223,30 @@ def save_model(folder: Path, model: nn.Module, network: dict[str, Any], **facts:
         network: `name`, `num_classes`, `in_channels` and `options` for `gmn.networks.build_network`.
         facts: Anything else worth keeping, such as accuracy and input shape; JSON.
     """
-    save_tensors(folder / "weights.safetensors", dict(model.state_dict()), {"kind": "model"})
-    content = {"format": FORMAT, "network": network, "heads": head_counts(model), **facts}
+    digest = save_tensors(folder / WEIGHTS, dict(model.state_dict()), {"kind": "model"})
+    content = {"format": FORMAT, "network": network, "heads": head_counts(model), "weights_sha256": digest, **facts}
     save_json(folder / "model.json", content)  # last: a folder with this file is whole
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds a saved network, whole to its last byte; of a damaged one a line is said."""
+    if not (folder / "model.json").is_file():
+        return False
+    try:
+        _saved(folder)
+    except CheckpointError as error:
+        say(f"warning: {error}; it is made again")
+        return False
+    return True
+
+
+def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `model.json` says and the weights; CheckpointError if one is missing or torn, or of another network."""
+    content = load_json(folder / "model.json")
+    tensors, _, digest = _load(folder / WEIGHTS)
+    if not isinstance(content, dict) or content.get("weights_sha256", digest) != digest:
+        raise CheckpointError("model.json is not of these weights", where=str(folder))
+    return content, tensors
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -165,8 +256,7 @@ def load_model(folder: str | Path) -> nn.Module:
         CheckpointError: if a file is missing, torn, or does not fit the network.
     """
     folder = Path(folder)
-    content = load_json(folder / "model.json")
-    tensors, _ = load_tensors(folder / "weights.safetensors")
+    content, tensors = _saved(folder)
     try:
         network = dict(content["network"])
         options = {k: v for k, v in network.pop("options", {}).items() if k not in ("weights", "pretrained")}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from gmn.cli_bench import bench_app
 from gmn.cli_options import (
@@ -19,9 +20,22 @@ from gmn.cli_options import (
     WeightsOption,
 )
 from gmn.errors import GmnError
+from gmn.exits import Stopped, verdict
 from gmn.launch import SHARED, fail, rank
 
+
+class Commands(TyperGroup):
+    """The commands, with Ctrl-C passed on to `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Stopped from error
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -33,6 +47,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: --set meta_train.epochs=3")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder. Default: runs/NAME")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of everything random, as --set seed=N.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 
 
@@ -46,8 +61,12 @@ def options(
         raise GmnError("a command for one process", got=f"gmn {name} in several", hint=hint)
 
 
+def _overrides(fields: list[str] | None, seed: int | None) -> list[str]:
+    return [*(fields or ()), *([] if seed is None else [f"seed={seed}"])]
+
+
 META_TRAIN = (
-    "Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --set seed=1   |   gmn meta-train matrix"
+    "Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --seed 1 --resume   |   gmn meta-train matrix"
     "   |   accelerate launch -m gmn meta-train my.yaml   |   gmn meta-train votes.yaml --engine ray --address auto"
 )
 
@@ -56,6 +75,7 @@ META_TRAIN = (
 def meta_train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
+    seed: SeedOption = None,
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -71,7 +91,7 @@ def meta_train(
     from gmn import recipe as recipes
     from gmn.engine import engine_named
 
-    settings = recipes.load_recipe(recipe, overrides or ())
+    settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / settings.name
     chosen = engine_named(engine, settings.method, address=address, cpus=cpus, gpus=gpus)
     with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
@@ -91,6 +111,7 @@ def prune(
     recipe: RecipeArgument,
     meta: Annotated[Path, typer.Option("--meta", help="A run folder, a saved metanetwork or a zoo.")],
     overrides: SetOption = None,
+    seed: SeedOption = None,
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -99,7 +120,7 @@ def prune(
     from gmn import distributed, pipeline, report
     from gmn import recipe as recipes
 
-    settings = recipes.load_recipe(recipe, overrides or ())
+    settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / f"{settings.name}-pruned"
     with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team:
         found = pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite)
@@ -304,19 +325,16 @@ def zoo_add(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2; a bug keeps its traceback."""
+    """Entry point: what ends a command is one line and an exit code (`gmn.exits`); a bug keeps its traceback."""
     debug = "--debug" in sys.argv[1:]
     arguments: list[Any] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
-    except GmnError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        found = verdict(error, resumable=arguments[:1] in (["meta-train"], ["prune"]))
+        if debug or found is None:
             raise
-        fail(str(error))
-    except OSError as error:  # no permission, disk full
-        if debug:
-            raise
-        fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        fail(found[1], found[0])
 
 
 if __name__ == "__main__":

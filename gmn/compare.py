@@ -17,7 +17,7 @@ from torch import nn
 from gmn.baselines import ROWS, Trial
 from gmn.budget import budget
 from gmn.builder import Layout
-from gmn.checkpoint import load_json, load_model, save_json, save_model
+from gmn.checkpoint import ABOUT_MODELS, is_saved, load_json, load_model, save_json, save_model
 from gmn.costs import Cost, latency
 from gmn.curve import POINTS, curve_of
 from gmn.gradients import loss_gradients
@@ -110,14 +110,15 @@ def _table(job: MetaJob, base: nn.Module, trials: list[Trial]) -> dict[str, Any]
 def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
     """One finished network: its validation and test accuracy, and its cost."""
     folder = trial.folder
-    if not (folder / "model.json").is_file():
+    if not is_saved(folder):
         model = ROWS.get(trial.row, ROWS["metanetwork"])(trial)
         about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages, **_pattern(job)}
         facts = {**about, **_measure(job, model, trial.before)}
-        save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.log("result", **facts)
+        save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
+        job.run.forget()
     content = load_json(folder / "model.json")
-    return {key: value for key, value in content.items() if key not in ("network", "format", "heads", "input_shape")}
+    return {key: value for key, value in content.items() if key not in ABOUT_MODELS}
 
 
 def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:

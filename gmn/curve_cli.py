@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from gmn.pipeline import reopened_metanetwork
 def curve(run: Path, *, checkpoints: str | None, points: int, images: int, drop: float, finetune_images: int) -> None:
     """Draw accuracy against speed-up for some checkpoints; default: none, the chosen one and the last."""
     job = reopened_metanetwork(run)
-    chosen = _usual(job) if checkpoints is None else numbers("--checkpoints", checkpoints, least=0)
-    content = curves.study(job, curves.Choices(chosen, points, images, drop, finetune_images))
-    _show(content)
-    print(f"picture: {plots.curves(content, job.recipe.name, run / 'curves' / 'curve.png')}")
+    with job.run:
+        chosen = _usual(job) if checkpoints is None else numbers("--checkpoints", checkpoints, least=0)
+        content = curves.study(job, curves.Choices(chosen, points, images, drop, finetune_images))
+        _show(content)
+        print(f"picture: {plots.curves(content, job.recipe.name, run / 'curves' / 'curve.png')}")
 
 
 def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -> None:
@@ -31,7 +33,19 @@ def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -
     if not 0 < min_accuracy < 1:
         raise GmnError("not an accuracy", expected="such as 0.91", got=str(min_accuracy), where="--min-accuracy")
     job = reopened_metanetwork(run)
-    epoch, probes = checkpoint_search.search(job, min_accuracy, finetune_images=finetune_images)
+    with job.run:
+        epoch, probes = checkpoint_search.search(job, min_accuracy, finetune_images=finetune_images)
+        _show_probes(job, probes, finetune_images)
+        path = job.checkpoint(epoch)
+        if use:
+            metanetwork, layout, _ = load_metanetwork(path)
+            path = run / "metanetwork.safetensors"
+            save_metanetwork(path, metanetwork, layout)
+            job.run.log("use", checkpoint=epoch)
+    print(f"checkpoint {epoch}: gmn prune RECIPE --meta {path}")
+
+
+def _show_probes(job: MetaJob, probes: Sequence[checkpoint_search.Probe], finetune_images: int) -> None:
     title = f"{job.recipe.name}: validation accuracy, {finetune_images:,} fine-tuning images"
     table = Table(title=title, caption="in the order of the search")
     for name in ("checkpoint", "fine-tuned %", f"pruned {job.recipe.prune.goal} %"):
@@ -39,13 +53,6 @@ def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -
     for probe in probes:
         table.add_row(str(probe.epoch), f"{100 * probe.accuracy:.2f}", f"{100 * probe.pruned:.2f}")
     Console().print(table)
-    path = job.checkpoint(epoch)
-    if use:
-        metanetwork, layout, _ = load_metanetwork(path)
-        path = run / "metanetwork.safetensors"
-        save_metanetwork(path, metanetwork, layout)
-        job.run.log("use", checkpoint=epoch)
-    print(f"checkpoint {epoch}: gmn prune RECIPE --meta {path}")
 
 
 def _usual(job: MetaJob) -> list[int]:

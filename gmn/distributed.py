@@ -140,15 +140,22 @@ def team() -> Team:
 def leader_writes(write: Callable[P, None]) -> Callable[P, None]:
     """A function that changes files, called by all processes and done by the first; the others wait until it is.
 
-    They also wait before: nobody may still be looking at how things were.
+    They also wait before: nobody may still be looking at how things were. Such functions may call one another: while
+    the first is at it the others wait already.
     """
 
     @wraps(write)
     def together(*args: P.args, **kwargs: P.kwargs) -> None:
-        team().wait()
-        if team().leads:
-            write(*args, **kwargs)
-        team().wait()
+        global _team
+        crew = team()
+        crew.wait()
+        if crew.leads:
+            _team = ALONE
+            try:
+                write(*args, **kwargs)
+            finally:
+                _team = crew
+        crew.wait()
 
     return together
 

@@ -65,7 +65,7 @@ def filter_prune(
 
     Raises:
         PruningError: if nothing can be removed.
-        TrainingError: if the loss is NaN or infinite.
+        TrainingError: if loss or gradient is NaN or infinite several times in a row.
     """
     spec = to_graph(model, example_inputs).spec
     coupled = settled(model, spec, example_inputs)

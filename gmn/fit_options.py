@@ -93,20 +93,22 @@ def distilled(loss: Tensor, logits: Tensor, teacher: Tensor, weight: float, temp
 
 
 @contextmanager
-def averaged(model: nn.Module, optimizer: Optimizer, decay: float) -> Iterator[None]:
+def averaged(model: nn.Module, optimizer: Optimizer, decay: float) -> Iterator[nn.Module | None]:
     """After the block, the network has the exponential moving average of its weights; decay 0: do nothing.
+
+    Inside the block it is the average that is yielded.
 
     A_1 = W_1 and A_t = decay A_(t-1) + (1 - decay) W_t, where W_t are the weights after step t. The running means and
     variances of batch norms are averaged alike: those of the last step belong to the last step's weights. Counters
     keep their last value.
     """
     if not decay:
-        yield
+        yield None
         return
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     handle = optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     try:
-        yield
+        yield average
     finally:
         handle.remove()
     with torch.no_grad():

@@ -66,7 +66,7 @@ def head_prune(
 
     Raises:
         PruningError: if nothing can be removed, or no weight reads a unit.
-        TrainingError: if the loss is NaN or infinite.
+        TrainingError: if loss or gradient is NaN or infinite several times in a row.
 
     Source: MVP, section 3.1 and algorithm 3 (appendix 7.2).
     """
@@ -204,7 +204,8 @@ def _learn_scores(scored: _Scored, split: Split, config: HeadPruning, seed: int,
         return {"loss": entropy.item(), "scores": norm.item(), "to go": float(scored.surplus.sum())}
 
     scored.model.train()
-    run_epochs(1, config.iterations, batches, step, *_optimizer(scored, config), seed=seed, title="head pruning")
+    own = {"model": scored.model, "seed": seed, "title": "head pruning"}
+    run_epochs(1, config.iterations, batches, step, *_optimizer(scored, config), **own)
     scored.model.zero_grad(set_to_none=True)
     return taken
 

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from gmn.checkpoint import load_model, save_model
+from gmn.bookmark import Bookmark
+from gmn.checkpoint import checksum, is_saved, load_model, save_model
 from gmn.data import Augment, Data, load_data
 from gmn.distributed import team
 from gmn.errors import GmnError
 from gmn.networks import build_network, load_weights
 from gmn.progress import say, track
-from gmn.run import Run
+from gmn.run import UNDER_WAY, Run
 from gmn.settings import DEVICES, Common, Fit
+from gmn.settings_fit import Section
 from gmn.stages import stage
 from gmn.training import evaluate, fit
 
@@ -59,12 +61,15 @@ class Job:
     def keep(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         """The network saved under this name in the run folder; made and saved if it is not there yet."""
         folder = self.run.folder / name
-        if not (folder / "model.json").is_file():
+        if not is_saved(folder):
             with stage(self.run.log, "network", network=name):
                 model = make().eval()
             score = evaluate(model, self.data.val).accuracy
+            self.run.log(
+                "network", name=name, validation_accuracy=score
+            )  # before it is kept: killed here, it is redone
             save_model(folder, model, self.source, validation_accuracy=score, input_shape=self.data.input_shape)
-            self.run.log("network", name=name, validation_accuracy=score)
+            self.run.forget()
             say(f"{name}: validation accuracy {score:.2%}")
         return load_model(folder).to(self.device)
 
@@ -77,9 +82,19 @@ class Job:
             load_weights(model, self.common.network.weights)
         return model.eval()
 
+    def beginning(self, model: nn.Module, settings: Section, index: int, title: str) -> str:
+        """A name for a training: a digest of what it begins with."""
+        return checksum(dict(model.state_dict()), [title, self.seed(index), settings.model_dump()])[:16]
+
+    def bookmark(self, name: str) -> Bookmark | None:
+        """Where a training is kept while it is under way; nowhere if several processes share it."""
+        path = self.run.folder / UNDER_WAY / name
+        return Bookmark(path, self.common.checkpoint_every) if team().size == 1 else None
+
     def fit(self, model: nn.Module, settings: Fit, index: int, title: str, **more: Any) -> None:
         """Train in place with the recipe's augmentation; `more` (teacher, regularize) goes to `gmn.training.fit`."""
         own = {"seed": self.seed(index), "augment": self.augment, "title": title}
+        own["bookmark"] = self.bookmark(self.beginning(model, settings, index, title))
         fit(model, self.data.train, settings, **own, log=self.run.logger("fit", title=title), **more)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,24 @@ from gmn.distributed import leader_writes
 
 @leader_writes
 def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Add one line; half a line that a killed process left is closed first."""
+    """Add one line and flush it to disk; half a line that a killed process left is closed first.
+
+    Raises:
+        OSError: with the file's name, if the disk is full, read-only or broken.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if torn else "") + json.dumps(entry) + "\n")
+    try:
+        with path.open("a+b", buffering=0) as file:  # one write: lines of several processes do not mix
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = file.read(1) not in (b"", b"\n")
+            line = ("\n" * torn + json.dumps(entry) + "\n").encode()
+            while line:  # a disk that is nearly full takes a part
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

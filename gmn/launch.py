@@ -24,8 +24,8 @@ def rank() -> int | None:
     return int(os.environ["RANK"]) if processes() > 1 else None
 
 
-def fail(line: str) -> NoReturn:
-    """Say what went wrong, in one line, and end with exit code 2.
+def fail(line: str, code: int = 2) -> NoReturn:
+    """Say what went wrong, in one line, and end with an exit code.
 
     Of several processes the first says it. Another one leaves it time to: mistakes in a recipe are found by all.
     """
@@ -34,5 +34,5 @@ def fail(line: str) -> NoReturn:
         time.sleep(GRACE)
     print(f"gmn: {f'process {number}: ' if number else ''}{line}", file=sys.stderr, flush=True)
     if number is not None:
-        os._exit(2)  # an orderly end would wait for the others
-    sys.exit(2)
+        os._exit(code)  # an orderly end would wait for the others
+    sys.exit(code)

@@ -72,29 +72,30 @@ class Matrix:
         column, row = label in self.recipe.metanetworks, label in self.recipe.networks
         if not (folder / ("report.json" if row else METANETWORK)).is_file():
             say(f"{label}: {' and '.join(['its metanetwork'] * column + ['its network'] * row)}")
-            job = self._entry_job(label, Run(folder, dump_recipe(recipe), resume=True))
-            if column:
-                job.learn()
-            metanetwork, layout = job.select() if column else (None, job.layout)
-            if row:
-                compare(job, metanetwork, layout, seen=recipe.data_models.fit is None if column else None)
+            with Run(folder, dump_recipe(recipe), resume=True) as run:
+                job = self._entry_job(label, run)
+                if column:
+                    job.learn()
+                metanetwork, layout = job.select() if column else (None, job.layout)
+                if row:
+                    compare(job, metanetwork, layout, seen=recipe.data_models.fit is None if column else None)
         return folder
 
     def cell(self, row: str, column: str) -> Path:
         """The run folder of a network pruned with another entry's metanetwork; both entries must be done."""
         recipe, home, folder = self.recipe.entries[row], self.folder / "entries", self.folder / "cells" / row / column
         recipe = recipe.model_copy(update={"report": recipe.report.model_copy(update={"baselines": []})})
-        run = Run(folder, dump_recipe(recipe), resume=True)
-        run.start()
-        run.adopt(home / column / METANETWORK)
-        if not (folder / "report.json").is_file():
-            say(f"{row} with the metanetwork of {column}")
-            metanetwork, layout, _ = load_metanetwork(home / column / METANETWORK)
-            for name in BEFORE:
-                if (home / row / name).is_file() and not (folder / name).is_file():
-                    save_bytes(folder / name, (home / row / name).read_bytes())
-            job = self._job(recipe, run, (metanetwork, layout))
-            compare(job, metanetwork.to(job.device), layout)
+        with Run(folder, dump_recipe(recipe), resume=True) as run:
+            run.start()
+            run.adopt(home / column / METANETWORK)
+            if not (folder / "report.json").is_file():
+                say(f"{row} with the metanetwork of {column}")
+                metanetwork, layout, _ = load_metanetwork(home / column / METANETWORK)
+                for name in BEFORE:
+                    if (home / row / name).is_file() and not (folder / name).is_file():
+                        save_bytes(folder / name, (home / row / name).read_bytes())
+                job = self._job(recipe, run, (metanetwork, layout))
+                compare(job, metanetwork.to(job.device), layout)
         return folder
 
     def _network(self, row: str) -> Report:
@@ -124,7 +125,8 @@ class Matrix:
         with TemporaryDirectory() as folder:
             for label in self.recipe.used:
                 try:
-                    jobs[label] = self._entry_job(label, Run(Path(folder) / label, ""))
+                    with Run(Path(folder) / label, "") as run:
+                        jobs[label] = self._entry_job(label, run)
                 except GmnError as error:
                     raise type(error)(f"entry {label}: {error}") from error
             for row, column in self.recipe.cells:

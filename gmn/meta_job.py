@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gmn.builder import Layout
 from gmn.checkpoint import (
+    is_readable,
     load_metanetwork,
     optimizer_tensors,
     restore_optimizer,
@@ -24,7 +25,7 @@ from gmn.groups import couplings
 from gmn.learnt import Learnt, adopt, further, named
 from gmn.library_pruner import prune_with
 from gmn.limits import kept_whole
-from gmn.meta_train import DataModel, train_metanetwork
+from gmn.meta_train import TITLE, DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
 from gmn.prune_job import PruneJob
@@ -126,7 +127,7 @@ class MetaJob(PruneJob):
 
     def learn(self) -> None:
         """Meta-train; one checkpoint per epoch, from the last of which a stopped run goes on."""
-        settings, done = self.recipe.meta_train, max(self.checkpoints(), default=0)
+        settings, done = self.recipe.meta_train, self._last_sound()
         if done == settings.epochs or self._no_better(done):
             return
         subjects = [self.subject(self.data_model(index)) for index in range(self.recipe.data_models.train)]
@@ -156,7 +157,21 @@ class MetaJob(PruneJob):
                 optimizer=optimizer,
                 log=self.run.logger("meta-train"),
                 after_epoch=save,
+                bookmark=self.bookmark(TITLE),
             )
+
+    def _last_sound(self) -> int:
+        """The last epoch with a checkpoint, 0 if none; a damaged one is deleted with those after it."""
+        done = 0
+        for epoch in self.checkpoints():
+            if not is_readable(self.checkpoint(epoch), f"meta-training goes on after epoch {done}"):
+                for later in self.checkpoints()[::-1]:
+                    if later >= epoch:
+                        self.checkpoint(later).unlink(missing_ok=True)
+                self.run.forget()
+                break
+            done = epoch
+        return done
 
     def new_metanetwork(self, subjects: list[DataModel]) -> MetaNetwork:
         """An untrained metanetwork with an encoder for every kind of edge in the data models."""
@@ -186,7 +201,7 @@ class MetaJob(PruneJob):
         Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.
         """
         target = self.run.folder / "metanetwork.safetensors"
-        if not target.is_file():
+        if not is_readable(target, "the checkpoint is chosen again"):
             scores: dict[int, float] = {}
             epochs = [0, *self.checkpoints()]
             with track("choosing the checkpoint", len(epochs)) as advance:

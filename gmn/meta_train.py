@@ -19,16 +19,21 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from gmn.bookmark import Bookmark
 from gmn.data import Augment, Split
 from gmn.distributed import ALONE, Team, team
 from gmn.fit_options import Batch, answer, distilled
 from gmn.graph import NetworkGraph
+from gmn.guard import Pieces
 from gmn.meta_shares import Shares, shares_of
 from gmn.metanetwork import MetaNetwork
 from gmn.phases import Phase, untimed
 from gmn.replicas import averaged_over_processes
 from gmn.settings import MetaTrain
 from gmn.training import Metrics, generator, make_optimizer, make_schedule, run_epochs
+
+TITLE = "meta-training"
+STEP = ("pruner_reg", "scale_invariant", "distill", "temperature", "bf16", "channels_last")  # of the recipe, in a step
 
 
 class Sparsity(Protocol):
@@ -64,6 +69,7 @@ def meta_step(
     channels_last: bool = False,
     phase: Phase = untimed,
     crew: Team = ALONE,
+    pieces: Pieces | None = None,
 ) -> Metrics:
     """Leave the gradient of (accuracy loss + pruner_reg * sparsity loss) in the metanetwork's parameters.
 
@@ -79,6 +85,7 @@ def meta_step(
         bf16, channels_last: How the new network reads the images.
         phase: Times the parts of the step.
         crew: The processes that have a share of the big batch each; the gradient is that of all of it.
+        pieces: How mini-batches are cut where memory is short; the gradient is the same, to rounding.
 
     Returns:
         Losses, accuracy, and the norms of both gradients with respect to the new parameters.
@@ -88,7 +95,8 @@ def meta_step(
     leaves = {name: value.detach().requires_grad_() for name, value in new.items()}
     with phase("accuracy"):
         options = {"distill": distill, "temperature": temperature, "bf16": bf16, "channels_last": channels_last}
-        metrics = _accuracy_gradient(subject.model, leaves, batches, crew, **options)
+        parts = [part for batch in batches for part in pieces.cut(batch)] if pieces else batches
+        metrics = _accuracy_gradient(subject.model, leaves, parts, crew, **options)
     with phase("sparsity"):
         sparsity = subject.importance.sparsity_loss(leaves, scale_invariant=scale_invariant)
         sparsity_gradient = torch.autograd.grad(pruner_reg * sparsity, list(leaves.values()), allow_unused=True)
@@ -99,7 +107,7 @@ def meta_step(
     with phase("metanetwork backward"):
         total = [_sum(leaf, gradient) for leaf, gradient in zip(leaves.values(), sparsity_gradient, strict=True)]
         torch.autograd.backward(list(new.values()), total)
-    return metrics | {"sparsity": sparsity.item(), **norms}
+    return metrics | {"sparsity": sparsity.item(), **norms, **(pieces.metrics if pieces else {})}
 
 
 def _accuracy_gradient(
@@ -158,6 +166,7 @@ def train_metanetwork(
     optimizer: Optimizer | None = None,
     log: Callable[[Metrics], None] | None = None,
     after_epoch: Callable[[int, Optimizer], bool | None] | None = None,
+    bookmark: Bookmark | None = None,
 ) -> None:
     """Train a metanetwork in place: `config.epochs` epochs of `config.steps_per_epoch` steps.
 
@@ -166,6 +175,7 @@ def train_metanetwork(
         split: The training images.
         start, optimizer: First epoch and restored optimizer, when a run is resumed.
         after_epoch: Called with the epoch and the optimizer, to save a checkpoint; True stops the training.
+        bookmark: Where an epoch that takes long is kept, and goes on from.
     """
     for subject in subjects:
         subject.model.eval()
@@ -174,11 +184,13 @@ def train_metanetwork(
     plan = shares_of(config, team())
     team().agree(metanetwork.state_dict().values())
 
+    pieces = Pieces(TITLE, config.batch_size)
+
     def batches(epoch: int) -> Iterator[Item]:
         return _items(subjects, split, config, plan, augment, generator(seed, epoch))
 
     def step(item: Item) -> Metrics:
-        return _step(metanetwork, item, config, plan)
+        return _step(metanetwork, item, config, plan, pieces)
 
     def save(epoch: int) -> bool | None:
         team().refuse_different(metanetwork, "metanetworks")
@@ -191,11 +203,14 @@ def train_metanetwork(
         step,
         optimizer,
         schedule,
+        model=metanetwork,
         seed=seed,
-        title="meta-training",
+        title=TITLE,
         start=start,
         log=log,
         after_epoch=save,
+        bookmark=bookmark,
+        pieces=pieces,
     )
 
 
@@ -216,22 +231,12 @@ def _items(
         yield [(drawn[number], [own for own in big[number :: len(drawn)] if len(own[1])]) for number in plan.mine]
 
 
-def _step(metanetwork: MetaNetwork, item: Item, config: MetaTrain, plan: Shares) -> Metrics:
+def _step(metanetwork: MetaNetwork, item: Item, config: MetaTrain, plan: Shares, pieces: Pieces) -> Metrics:
     """Leave the step's gradient in the metanetwork's parameters, the same in all processes."""
     sums: dict[str, float] = defaultdict(float)
+    options = config.model_dump(include=set(STEP))
     for subject, own in item:
-        found = meta_step(
-            metanetwork,
-            subject,
-            own,
-            pruner_reg=config.pruner_reg,
-            scale_invariant=config.scale_invariant,
-            distill=config.distill,
-            temperature=config.temperature,
-            bf16=config.bf16,
-            channels_last=config.channels_last,
-            crew=plan.crew,
-        )
+        found = meta_step(metanetwork, subject, own, **options, crew=plan.crew, pieces=pieces)
         for key, value in found.items():
             sums[key] += value
     return averaged_over_processes(sums, metanetwork, len(item))

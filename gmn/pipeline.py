@@ -45,10 +45,10 @@ def meta_train(
     Everything finished is kept in the run folder, so that `resume` goes on where a run stopped. The tasks of a zoo are
     pruned by `engine`.
     """
-    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    if isinstance(recipe, MatrixRecipe):
-        return Matrix(recipe, run).report()
-    return _learn_votes(recipe, run, engine) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
+    with Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite) as run:
+        if isinstance(recipe, MatrixRecipe):
+            return Matrix(recipe, run).report()
+        return _learn_votes(recipe, run, engine) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
 
 
 def prune_recipe(
@@ -69,13 +69,13 @@ def prune_recipe(
     if (zoo or overwrite) and path.resolve().is_relative_to(folder.resolve()):
         hint = "give another with --run"
         raise RecipeError("the run folder is the one that was learnt in", got=str(folder), hint=hint)
-    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    if isinstance(recipe, VoteRecipe):
-        return _prune_with_votes(recipe, run, path)
-    metanetwork, layout, _ = load_metanetwork(path)
-    job = MetaJob(recipe, run, (metanetwork, layout))
-    adopt(run, METANETWORK, path)
-    return compare(job, metanetwork.to(job.device), layout)
+    with Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite) as run:
+        if isinstance(recipe, VoteRecipe):
+            return _prune_with_votes(recipe, run, path)
+        metanetwork, layout, _ = load_metanetwork(path)
+        job = MetaJob(recipe, run, (metanetwork, layout))
+        adopt(run, METANETWORK, path)
+        return compare(job, metanetwork.to(job.device), layout)
 
 
 def join(folder: Path) -> None:
@@ -96,11 +96,11 @@ def reopened(folder: Path) -> VoteJob:
     if (folder / VOTERS).is_file():
         hint = f"its voters are in {load_json(folder / VOTERS)['zoo']}"
         raise RecipeError("the run has no zoo", expected="a run of gmn meta-train", got=str(folder), hint=hint)
-    return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
+    return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True, shared=True))
 
 
 def reopened_metanetwork(folder: Path) -> MetaJob:
-    """A run that meta-trained, to look at; RecipeError if it is of another method."""
+    """A run that meta-trained, to look at; RecipeError if it is of another method. `with job.run` lets go of it."""
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"

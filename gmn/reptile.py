@@ -70,7 +70,7 @@ def reptile(
     Raises:
         DataError: if there are no tasks, or a class is none of the data set's.
         PruningError: if nothing can be removed.
-        TrainingError: if the loss is NaN or infinite.
+        TrainingError: if loss or gradient is NaN or infinite several times in a row.
 
     Source: H. Tian, B. Liu, X. Yuan, Q. Liu, Meta-Learning with Network Pruning, ECCV 2020. Its code thresholds single
     weights and every 20000 rounds, at a rate that grows, and holds the zeros for three quarters of that time; here it

@@ -7,6 +7,7 @@ models/first/ models/2x/                        of several speed-ups: what they 
 initial.json                                    the initial speed-up, if it was found
 metanetwork.safetensors                         the chosen metanetwork
 metanetworks/                                   those of further rows
+under-way/                                      trainings that are not finished (`gmn.bookmark`)
 report.json  plots/                             what `gmn report` shows
 entries/ cells/                                 the runs that a transfer matrix is made of
 """
@@ -14,47 +15,58 @@ entries/ cells/                                 the runs that a transfer matrix 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gmn.checkpoint import load_json, save_bytes, save_json, save_text
-from gmn.distributed import leader_writes
+from gmn.checkpoint import load_json, make_folder, save_bytes, save_json, save_text
+from gmn.distributed import leader_writes, team
 from gmn.errors import CheckpointError, GmnError
 from gmn.jsonl import append_line, read_lines
+from gmn.lock import alone
+from gmn.processes import is_left_over, sweep
+from gmn.progress import say
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
 
 
+UNDER_WAY = "under-way"
+
+
 class Run:
-    """A run folder; nothing is written before `start`.
+    """A run folder; nothing is written before `start`. In a `with` statement it is let go of at the end.
 
     Args:
         folder: Where it is.
         recipe: Text of the resolved recipe.
         resume: Go on with what the folder holds; its recipe must be the same.
         overwrite: Delete what the folder holds, if it is a run folder.
+        shared: Beside other processes, which then share the work; otherwise there is one at a time.
 
     Raises:
         GmnError: if the folder exists and neither was asked for, or the recipe differs.
     """
 
-    def __init__(self, folder: Path, recipe: str, *, resume: bool = False, overwrite: bool = False) -> None:
-        self.folder, self.recipe = folder, recipe
+    def __init__(
+        self, folder: Path, recipe: str, *, resume: bool = False, overwrite: bool = False, shared: bool = False
+    ) -> None:
+        self.folder, self.recipe, self.shared, self._resumes = folder, recipe, shared, resume
+        self._held, self._known, self._started = ExitStack(), set[str](), False
         saved = folder / "recipe.yaml"
         if resume and overwrite:
             raise GmnError("--resume and --overwrite exclude each other", where=str(folder))
         if folder.exists() and not folder.is_dir():
             raise GmnError("the run folder is a file", got=str(folder), hint="give another with --run")
         self.replaces = saved.is_file() and overwrite
-        if folder.exists() and not saved.is_file() and any(folder.iterdir()):
+        if folder.exists() and not saved.is_file() and not all(is_left_over(path.name) for path in folder.iterdir()):
             hint = "give another with --run"
             raise GmnError("the folder is not a run folder, and not empty", got=str(folder), hint=hint)
         if saved.is_file() and not resume and not overwrite:
@@ -65,12 +77,48 @@ class Run:
             raise GmnError("cannot resume with another recipe", got=difference, where=str(folder), hint=hint)
 
     def start(self) -> None:
-        """Make the folder, once the recipe has proved to work."""
+        """Make the folder, once the recipe has proved to work, and clean up after a process that was killed in it.
+
+        Raises:
+            GmnError: if another process works in it.
+        """
+        if not self._started:
+            leader_writes(self._prepare)()
+            self._started = True
+            self._compare_threads()
+
+    def _prepare(self) -> None:
+        make_folder(self.folder)
+        if not self.shared:
+            self._held.enter_context(alone(self.folder))
         if self.replaces:
-            leader_writes(partial(shutil.rmtree, self.folder))()
+            _empty(self.folder)
+        if is_run(self.folder) and not self._resumes:  # made while the recipe was tried out
+            raise GmnError("another process works in the run folder", got=str(self.folder))
+        sweep(self.folder)
+        self._known = {_said(entry) for entry in read_lines(self.folder / "metrics.jsonl")}
         if not is_run(self.folder):
             save_text(self.folder / "recipe.yaml", self.recipe)  # first: it marks the folder as a run's
+        if not (self.folder / "environment.json").is_file():
             save_json(self.folder / "environment.json", environment())
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.forget()
+        self._held.close()
+
+    def forget(self) -> None:
+        """Delete the trainings under way: what they were part of is finished and kept. Not those of others."""
+        if not self.shared and team().leads:
+            shutil.rmtree(self.folder / UNDER_WAY, ignore_errors=True)
+
+    def _compare_threads(self) -> None:
+        before, now = load_json(self.folder / "environment.json").get("threads"), torch.get_num_threads()
+        if before not in (None, now):
+            say(f"warning: the run was begun with {before} threads and goes on with {now}: its last digits may differ")
 
     def adopt(self, metanetwork: Path, name: str = "metanetwork.safetensors") -> None:
         """Keep a copy of the metanetwork; GmnError if the run was begun with another one."""
@@ -82,8 +130,9 @@ class Run:
             raise GmnError("cannot resume with another metanetwork", got=str(metanetwork), hint=hint)
 
     def log(self, event: str, **values: Any) -> None:
-        """Append a line to metrics.jsonl."""
-        append_line(self.folder / "metrics.jsonl", {"time": round(time.time(), 3), "event": event, **values})
+        """Append a line to metrics.jsonl; not what a resumed run logged before and has now done again."""
+        if _said(entry := {"time": round(time.time(), 3), "event": event, **values}) not in self._known:
+            append_line(self.folder / "metrics.jsonl", entry)
 
     def logger(self, event: str, **labels: Any) -> Callable[[dict[str, float]], None]:
         """A function that logs metrics under an event and fixed labels."""
@@ -104,6 +153,17 @@ class Run:
             if entry.get("event") == event:
                 latest[entry.get("epoch", -number)] = entry
         yield from latest.values()
+
+
+def _said(entry: dict[str, Any]) -> str:
+    """What a line of the log says, without its time."""
+    return json.dumps({key: value for key, value in entry.items() if key != "time"}, sort_keys=True)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what a run folder holds; it is a run folder until all else is gone."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "recipe.yaml"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def is_run(folder: Path) -> bool:

@@ -280,6 +280,9 @@ class Common(Section):
     name: str = Field(min_length=1, description="title of the run; default: the file's stem")
     seed: int = Field(default=0, ge=0, description="seed of everything random")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    checkpoint_every: float = Field(
+        default=60.0, gt=0, description="seconds between two checkpoints of a training that is under way"
+    )
     data: Data = Field(description="the images")
     network: Network = Field(description="the network to make smaller")
 

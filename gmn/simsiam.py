@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmn.bookmark import Bookmark
 from gmn.convert import to_graph
 from gmn.data import Augment, Split
 from gmn.errors import DataError, NetworkError
@@ -37,6 +38,7 @@ def pretrain(
     seed: int = 0,
     title: str = "SimSiam",
     log: Callable[[Metrics], None] | None = None,
+    bookmark: Bookmark | None = None,
 ) -> None:
     """Train all of a network but its head, in place and without labels; it is left in eval mode.
 
@@ -48,11 +50,12 @@ def pretrain(
         seed: Of the views, the order of the images, and the first projector and predictor.
         title: In progress and errors.
         log: Gets the mean `loss` and `spread` of each epoch.
+        bookmark: Where the training is kept while it is under way, and goes on from.
 
     Raises:
         DataError: if there is but one image, which a batch norm cannot learn from.
         NetworkError: if the output does not come from one linear layer that reads a vector per image.
-        TrainingError: if the loss is NaN or infinite.
+        TrainingError: if loss or gradient is NaN or infinite several times in a row.
 
     Source: SimSiam, algorithm 1 and section 4; the predictor's learning rate falls like all others.
     """
@@ -72,7 +75,8 @@ def pretrain(
     optimizer = make_optimizer(twins, sgd)
     schedule = make_schedule(optimizer, sgd, steps)
     try:
-        run_epochs(config.epochs, steps, batches, twins.step, optimizer, schedule, seed=seed, title=title, log=log)
+        own = {"model": twins, "bookmark": bookmark, "seed": seed, "title": title, "log": log}
+        run_epochs(config.epochs, steps, batches, twins.step, optimizer, schedule, **own)
     finally:
         twins.hook.remove()
     optimizer.zero_grad(set_to_none=True)

@@ -73,6 +73,12 @@ def stage(log: Log, name: str, **labels: object) -> Iterator[Log]:
         _open.pop()
 
 
+def spend(seconds: float) -> None:
+    """Count seconds that a killed process spent on the innermost stage, and that are not spent again."""
+    if _open:
+        _open[-1] += Spent(seconds)
+
+
 def _credit() -> None:
     """Give what passed since the last call to the innermost stage; time and peaks count anew from here."""
     global _since

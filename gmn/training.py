@@ -1,18 +1,19 @@
 """The only training loop, and the only evaluation.
 
-`run_epochs` is the loop: data models, fine-tuning and the metanetwork all train in it and differ in their `step`.
-Everything random in an epoch follows from (seed, epoch), so a resumed run sees the same batches.
+`gmn.loop.run_epochs` is the loop: data models, fine-tuning and the metanetwork all train in it and differ in their
+`step`. Everything random in an epoch follows from (seed, epoch), so a resumed run sees the same batches. Where an
+accelerator's memory does not suffice, mini-batches are read in pieces, whose own statistics batch norms then learn
+from: the only case in which results depend on memory.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
+from gmn.bookmark import Bookmark
 from gmn.data import Augment, Split
 from gmn.distributed import team
 from gmn.errors import TrainingError
 from gmn.fit_options import Batch, answer, arranged, averaged, cross_entropy, distilled, mixed
-from gmn.progress import track
+from gmn.guard import Metrics, Pieces
+from gmn.loop import run_epochs
 from gmn.replicas import averaged_over_processes, replicated
 from gmn.settings import Fit
 from gmn.weight_masks import WeightMask
-
-Item = TypeVar("Item")
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def fit(
     teacher: nn.Module | None = None,
     regularize: Callable[[], None] | None = None,
     mask: WeightMask | None = None,
+    bookmark: Bookmark | None = None,
 ) -> None:
     """Train a network in place with cross-entropy; it is left in eval mode.
 
@@ -107,28 +108,27 @@ def fit(
         model: The network.
         split: The training images.
         config: The training's numbers.
-        seed, augment: Of the batches.
-        title, log: In progress and errors; gets the mean metrics of each epoch.
+        seed, augment, title, log: Of the batches; in progress and errors; gets the mean metrics of each epoch.
         teacher: The network to distil from where `config.distill` asks for it, such as the unpruned one.
         regularize: Called between backward and step, to add to the gradients.
         mask: Weights that are zero, and stay so after every step.
+        bookmark: Where a long training is kept while it is under way, and goes on from.
 
     Raises:
-        TrainingError: if the loss is NaN or infinite, or distillation lacks its teacher.
+        TrainingError: if loss or gradient is NaN or infinite several times in a row, or distillation lacks its teacher.
     """
     if config.distill and teacher is None:
         raise TrainingError(f"{title}: distillation needs a teacher", hint="set distill: 0 for this training")
     count = min(config.images_per_epoch or len(split), len(split))
     size = min(config.batch_size, count)
     steps = config.iterations or count // size
-    classes = int(split.labels.max()) + 1 if config.mixes else 0
 
     def batches(epoch: int) -> Iterable[Batch]:
         taken = itertools.islice(passes(split, size, seed, augment=augment, start=epoch, limit=count), steps)
-        return mixed(taken, config, classes, (seed, epoch)) if config.mixes else taken
+        return mixed(taken, config, int(split.labels.max()) + 1, (seed, epoch)) if config.mixes else taken
 
     def step(batch: Batch) -> Metrics:
-        metrics = averaged_over_processes(_gradient(forward, batch, config, teacher), model)
+        metrics = averaged_over_processes(_gradient(forward, batch, config, teacher, pieces), model)
         if regularize:
             regularize()
         if mask:
@@ -138,30 +138,35 @@ def fit(
         return metrics
 
     model.train()
+    pieces = Pieces(title, size, least=2, count=config.accumulate)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, steps)
     held = mask.held(model, optimizer) if mask else nullcontext()
-    with replicated(model, size), arranged(model, config) as forward, held, averaged(model, optimizer, config.ema):
-        run_epochs(config.epochs, steps, batches, step, optimizer, schedule, seed=seed, title=title, log=log)
+    crew, tuned = replicated(model, size), averaged(model, optimizer, config.ema)
+    with crew, arranged(model, config) as forward, held, tuned as average:  # of what is held
+        own = {"model": model, "average": average, "bookmark": bookmark, "pieces": pieces}
+        run_epochs(config.epochs, steps, batches, step, optimizer, schedule, **own, seed=seed, title=title, log=log)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
 
 
-def _gradient(forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None) -> Metrics:
-    """Leave the gradient of a batch's loss in the network's parameters; targets are classes or shares of classes."""
-    sums: dict[str, float] = defaultdict(float)
-    for images, targets in zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True):
-        share = len(images) / len(batch[0])
-        for key, value in _part_gradient(forward, (images, targets), share, config, teacher).items():
-            sums[key] += share * value
-    return sums
-
-
-def _part_gradient(
-    forward: Callable[[Tensor], Tensor], part: Batch, share: float, config: Fit, teacher: nn.Module | None
+def _gradient(
+    forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None, pieces: Pieces
 ) -> Metrics:
-    """Add a part's share of the gradient."""
-    images, targets = part
+    """Leave the gradient of a batch's loss in the network's parameters, piece by piece."""
+    metrics = {"loss": 0.0, "accuracy": 0.0}
+    for part in pieces.cut(batch):
+        share = len(part[1]) / len(batch[1])
+        for key, value in _piece(forward, part, config, teacher, share).items():
+            metrics[key] += share * value
+    return metrics | pieces.metrics
+
+
+def _piece(
+    forward: Callable[[Tensor], Tensor], batch: Batch, config: Fit, teacher: nn.Module | None, share: float
+) -> Metrics:
+    """Add the gradient of a share of the loss; targets are classes or shares of classes."""
+    images, targets = batch
     # autocast around the forward only: around a whole loop it would keep stale bf16 copies of the weights
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
         logits = forward(images)
@@ -169,55 +174,10 @@ def _part_gradient(
     if config.distill and teacher is not None:
         said = answer(teacher, images, config.bf16)
         loss = distilled(loss, logits, said, config.distill, config.temperature, len(images))
-    (loss if share == 1 else share * loss).backward()
+    (share * loss).backward()
     labels = targets if targets.dim() == 1 else targets.argmax(1)
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return {"loss": loss.item(), "accuracy": accuracy.item()}
-
-
-def run_epochs(
-    epochs: int,
-    steps: int,
-    batches: Callable[[int], Iterable[Item]],
-    step: Callable[[Item], Metrics],
-    optimizer: Optimizer,
-    schedule: LambdaLR,
-    *,
-    seed: int,
-    title: str,
-    start: int = 0,
-    log: Callable[[Metrics], None] | None = None,
-    after_epoch: Callable[[int], bool | None] | None = None,
-) -> None:
-    """The loop: `step` leaves gradients, the optimizer takes them; `after_epoch` may save, and says True to stop.
-
-    Args:
-        epochs, steps: Number of epochs, and of steps in each.
-        batches: What an epoch consists of.
-        step: Computes the gradients of one step and returns its metrics.
-        start: First epoch, when a run is resumed.
-        log: Gets the mean metrics of each epoch.
-
-    Raises:
-        TrainingError: if the loss is NaN or infinite.
-    """
-    with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
-        for epoch in range(start, epochs):
-            torch.manual_seed(seed * 100_003 + epoch + 7919 * team().rank)  # dropout and the like
-            sums: dict[str, float] = defaultdict(float)
-            for item in batches(epoch):
-                optimizer.zero_grad(set_to_none=True)
-                metrics = step(item)
-                _refuse_non_finite(metrics, title, epoch)
-                optimizer.step()
-                schedule.step()
-                for key, value in metrics.items():
-                    sums[key] += value / steps
-                advance(", ".join(f"{key} {value:.3g}" for key, value in metrics.items()))
-            if log:
-                log({"epoch": epoch + 1, **sums})
-            if after_epoch and after_epoch(epoch):
-                break
 
 
 def make_optimizer(model: nn.Module, config: Any) -> Optimizer:
@@ -247,14 +207,3 @@ def make_schedule(optimizer: Optimizer, config: Any, steps: int, *, done: int = 
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr
     return LambdaLR(optimizer, factor, last_epoch=done - 1)
-
-
-def _refuse_non_finite(metrics: Metrics, title: str, epoch: int) -> None:
-    bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"{title}: {bad[0]} is not finite",
-            got=str(metrics[bad[0]]),
-            where=f"epoch {epoch + 1}",
-            hint="lower the learning rate",
-        )

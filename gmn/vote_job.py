@@ -11,7 +11,7 @@ from torch import nn
 
 from gmn.api import NETWORK, load_meta, load_network
 from gmn.backbone import Backbone
-from gmn.checkpoint import load_model
+from gmn.checkpoint import is_saved, load_model
 from gmn.costs import cost
 from gmn.data import Data
 from gmn.engine import HERE, Engine
@@ -89,7 +89,9 @@ class VoteJob(Job):
             self.fit(model, settings.fit, 0, "pre-training")
         if settings and settings.simsiam:
             log = self.run.logger("fit", title="SimSiam")
-            pretrain(model, self.data.train, settings.simsiam, self.example, seed=self.seed(0), log=log)
+            bookmark = self.bookmark(self.beginning(model, settings.simsiam, 0, "SimSiam"))
+            own = {"seed": self.seed(0), "bookmark": bookmark, "log": log}
+            pretrain(model, self.data.train, settings.simsiam, self.example, **own)
         return model
 
     def rewritten(self, model: nn.Module) -> nn.Module:
@@ -140,6 +142,7 @@ class VoteJob(Job):
         prune = pruner(self.recipe.zoo.pruning, self.example, self.recipe.ratio, augment=self.augment)
         device = partial(choose_device, self.recipe.device)
         build_zoo(self.backbone, self.data, self.zoo, prune, engine=engine, device=device)
+        self.zoo.sweep()
         done = len(self.zoo.tasks(split="zoo"))
         if done < self.recipe.vote.neighbours:
             failed = next(iter(self.zoo.tasks(status="failed")), None)
@@ -166,7 +169,7 @@ class VoteJob(Job):
     def reptile_network(self) -> nn.Module:
         """The pruned meta-initialisation of the baseline, learnt on the zoo's tasks once."""
         folder = self.folder / REPTILE
-        if not (folder / "model.json").is_file():
+        if not is_saved(folder):
             if self.foreign:
                 expected = "a run of gmn meta-train with that baseline"
                 raise CheckpointError("the zoo has no reptile network", expected=expected, where=str(self.folder))

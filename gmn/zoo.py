@@ -20,14 +20,16 @@ from typing import Any
 from torch import Tensor
 
 from gmn import zoo_claims, zoo_rows
+from gmn.checkpoint import flush_folder
 from gmn.errors import GmnError, PruningError
 from gmn.groups import KeepMask
+from gmn.processes import sweep
 from gmn.zoo_check import Problem
-from gmn.zoo_files import flush_folder, new_name, save_task, write_pending
+from gmn.zoo_files import new_name, save_task, write_pending
 from gmn.zoo_format import Stored, encode, pack, read
 from gmn.zoo_index import Index
 from gmn.zoo_reading import TASKS, ZooReading
-from gmn.zoo_task import Split, Status, Task, check_about, check_same, fingerprint, to_text
+from gmn.zoo_task import FILE, Split, Status, Task, check_about, check_same, fingerprint, to_text
 
 __all__ = ["Problem", "Split", "Status", "Stored", "Task", "Zoo", "fingerprint", "save_task"]
 
@@ -174,6 +176,17 @@ class Zoo(ZooReading):
                 files += [task.file] if task.file else []
         for file in files:
             (self._files / file).unlink(missing_ok=True)
+
+    def sweep(self) -> int:
+        """Delete what killed processes left: temporary files, and files of tasks that no row names; how many."""
+        with self._index.write() as db:  # nobody is handing in a task
+            rows = [self._parse(row) for row in zoo_rows.select(db)]
+            names, known = {task.name for task in rows}, {task.file for task in rows}
+            files = [path for path in self._files.glob("*.safetensors") if FILE.fullmatch(path.name)]
+            orphans = [path for path in files if path.name not in known and path.name.rsplit(".", 2)[0] in names]
+            for path in orphans:
+                path.unlink()
+            return len(orphans) + sweep(self.folder)
 
     def _admit(self, row: zoo_rows.Row | None, task: Task) -> None:
         """GmnError if the zoo has the task already, or planned it otherwise."""

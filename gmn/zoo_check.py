@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ import torch
 
 from gmn import zoo_rows
 from gmn.errors import CheckpointError, GmnError
+from gmn.processes import TEMPORARY, is_left_over
 from gmn.progress import track
-from gmn.zoo_claims import is_alive
 from gmn.zoo_files import check_file, locate
 from gmn.zoo_format import check_finite, read, unpack
 from gmn.zoo_index import Index
 from gmn.zoo_task import Task, check_same, to_text
-
-PENDING = re.compile(r"\..*\.(\d{1,10})\.tmp")
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,8 @@ def _snapshot(index: Index, files: Path) -> tuple[list[zoo_rows.Row], set[str]]:
 def _orphans(files: Path, names: set[str]) -> Iterator[Problem]:
     """Files that no row names; not those that a living process is about to hand in."""
     for name in sorted(names):
-        pending = PENDING.fullmatch(name)
-        if pending and is_alive(int(pending[1])):
+        pending = TEMPORARY.fullmatch(name)
+        if pending and not is_left_over(name):
             continue
         what = "left by a process that was killed; delete it" if pending else "no task of the zoo has this file"
         yield Problem("", to_text(files / name), what)

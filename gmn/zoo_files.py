@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gmn.checkpoint import save_bytes
 from gmn.errors import CheckpointError
+from gmn.processes import temporary_name
 from gmn.zoo_format import Stored, encode, size_of
 from gmn.zoo_task import FILE, Task, to_text
 
@@ -30,7 +31,7 @@ def save_task(path: str | Path, stored: Stored) -> None:
 
 def write_pending(path: Path, content: bytes) -> Path:
     """Write and flush under a temporary name beside `path`, which says whose it is; the caller renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -40,16 +41,6 @@ def write_pending(path: Path, content: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def locate(folder: Path, file: str) -> Path:

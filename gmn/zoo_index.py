@@ -7,6 +7,7 @@ which could name files elsewhere, is refused (the index is in WAL mode and never
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -16,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gmn.checkpoint import flush_folder
 from gmn.errors import CheckpointError, GmnError
-from gmn.zoo_files import flush_folder
+from gmn.processes import temporary_name
 from gmn.zoo_task import to_text
 
 INDEX = "index.sqlite"
@@ -81,7 +83,7 @@ class Index:
     def create(cls, folder: Path, about: Mapping[str, Any]) -> Index:
         """Make an index, unless there is one already, perhaps that of another process that was faster."""
         if not (folder / INDEX).exists():
-            temporary = folder / f".{INDEX}.{secrets.token_hex(4)}.tmp"
+            temporary = temporary_name(folder / f"{INDEX}.{secrets.token_hex(4)}")  # threads make one each
             try:
                 _build(temporary, about)
                 with contextlib.suppress(FileExistsError):
@@ -175,9 +177,11 @@ class Index:
         if version != VERSION or len(rows) != len(SCHEMA) or dict(rows) != SCHEMA:
             raise CheckpointError("not the tables of a zoo", expected=f"version {VERSION}", where=str(self.path))
 
-    def _problem(self, error: sqlite3.Error) -> GmnError:
+    def _problem(self, error: sqlite3.Error) -> GmnError | OSError:
         where = str(self.path)
         got = to_text(error)
+        if "disk is full" in got:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
         if "locked" in got:
             return GmnError("the zoo is busy", got=got, where=where, hint="other processes write to it; try again")
         return CheckpointError("cannot read the zoo's index", got=got, where=where)

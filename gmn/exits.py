@@ -1,0 +1,62 @@
+"""What ends a command: one line for the user, and an exit code that scripts can tell apart.
+
+    0    done                                       3    the disk: full, read-only, no permission, broken
+    1    a check found something (`gmn zoo verify`)  4    out of memory, of the machine or of the accelerator
+    2    a mistake in the call, a recipe or a file   130  stopped with Ctrl-C
+
+A bug keeps its traceback, and exit code 1. What a signal ends has 128 + its number, as always.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from gmn.errors import GmnError
+
+MISTAKE, DISK, MEMORY, STOPPED = 2, 3, 4, 130
+WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+KEPT = "what is finished is kept: go on with --resume"
+SMALLER = "smaller batches, metanetwork.max_chunk_mb and bf16 take less"
+
+
+class Stopped(BaseException):
+    """Ctrl-C, under a name that the library of the command line does not catch."""
+
+
+def verdict(error: BaseException, *, resumable: bool = False) -> tuple[int, str] | None:
+    """The exit code and the line for an error; None if it is a bug.
+
+    Args:
+        error: What ended the command.
+        resumable: Whether the command has `--resume`.
+
+    >>> verdict(OSError(28, "No space left on device", "a.json"), resumable=True)
+    (3, 'No space left on device: a.json; what is finished is kept: go on with --resume')
+    >>> verdict(FileNotFoundError(2, "No such file or directory", "b.json"))
+    (2, 'No such file or directory: b.json')
+    """
+    kept = [KEPT] if resumable else []
+    if isinstance(error, GmnError):
+        return MISTAKE, str(error)
+    if isinstance(error, WRONG_PATH):
+        return MISTAKE, _of_system(error)
+    if isinstance(error, OSError):
+        return DISK, "; ".join([_of_system(error), *kept])
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        return STOPPED, "; ".join(["stopped", *kept])
+    if _no_memory(error):
+        detail = str(error).strip().split("\n")[0]
+        return MEMORY, "; ".join([f"out of memory: {detail}".removesuffix(": "), SMALLER, *kept])
+    return None
+
+
+def _of_system(error: OSError) -> str:
+    return f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Python's, an accelerator's, or that of torch on the CPU, which has no class of its own."""
+    torch = sys.modules.get("torch")  # which takes seconds to import
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,169 @@
+"""Runs that are killed, and go on: `victims.py` forks them, `evidence.py` says what must be the same.
+
+* Killed with SIGKILL at a random moment and resumed, a run ends with the report, the log, the weights and the files of
+  a run that nobody killed: nothing twice in the log, nothing half-written, nothing left over.
+* So does one whose disk is full (exit code 3) and one that is stopped with Ctrl-C (130), and one with damaged files.
+* So does a zoo that two processes build when one of them is killed, and when both are, and one goes on.
+* Two runs with the same seed are the same, however often they keep what is under way.
+* The moments are random with a fixed seed; one here, 25 with `make soak` (`pytest -m soak`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, VOTE_TINY
+from evidence import evidence
+
+META = ["quickstart", *TINY, "data.limit=120", "prune.steps=40", "report.baselines=[direct]", "data_models.val=0"]
+META += ["checkpoint_every=1e-9"]
+VOTE = ["graph-mask-voting", *VOTE_TINY, "zoo.tasks=4", "vote.neighbours=2", "report.baselines=[nearest]"]
+VOTE += ["zoo.targets=1", "report.seeds=1", "checkpoint_every=1e-9", "pretrain.fit.epochs=2"]
+
+Order = Callable[..., list[list[int]]]
+Whole = tuple[Path, dict[str, Any], int]
+
+
+@pytest.fixture(scope="session")
+def order() -> Iterator[Order]:
+    """Run `[verb, recipe, folder, tick, fault]` jobs at the same time; by default nothing happens to them."""
+    server = Path(__file__).with_name("victims.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdin
+    assert process.stdout
+
+    def run(*jobs: list[Any]) -> list[list[int]]:
+        whole = [[*job, None, "kill"][:5] if len(job) == 3 else [*job, "kill"][:5] for job in jobs]
+        process.stdin.write(json.dumps(whole) + "\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+        return json.loads(process.stdout.readline())  # type: ignore[union-attr]
+
+    yield run
+    process.stdin.close()
+    process.stdout.close()
+    process.wait(30)
+
+
+def whole(order: Order, folder: Path, recipe: list[str]) -> Whole:
+    """A run that nobody kills: where it is, what it leaves, and how many ticks it has."""
+    [[status, ticks]] = order(["meta-train", recipe, str(folder)])
+    assert status == 0
+    return folder, evidence(folder), ticks
+
+
+@pytest.fixture(scope="session")
+def meta(order: Order, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return whole(order, tmp_path_factory.mktemp("whole") / "meta", META)
+
+
+@pytest.fixture(scope="session")
+def vote(order: Order, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return whole(order, tmp_path_factory.mktemp("whole") / "vote", VOTE)
+
+
+def moments(ticks: int, count: int, seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(1, ticks + 1), count))
+
+
+def killed_and_resumed(order: Order, folder: Path, recipe: list[str], tick: int) -> dict[str, Any]:
+    assert order(["meta-train", recipe, str(folder), tick]) == [[-signal.SIGKILL, 0]]
+    [[status, _]] = order(["meta-train", recipe, str(folder)])
+    assert status == 0
+    return evidence(folder)
+
+
+def test_a_killed_run_ends_like_one_that_was_not(order: Order, meta: Whole, tmp_path: Path) -> None:
+    [tick] = moments(meta[2], 1, seed=1)
+    assert killed_and_resumed(order, tmp_path / "run", META, tick) == meta[1]
+
+
+def test_a_full_disk_and_a_stopped_run(order: Order, meta: Whole, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    assert order(["meta-train", META, folder, meta[2] // 3, "full"])[0][0] == 3
+    assert order(["meta-train", META, folder, meta[2] // 4, "interrupt"])[0][0] == 130
+    assert order(["meta-train", META, folder])[0][0] == 0
+    assert evidence(tmp_path / "run") == meta[1]
+
+
+def test_damaged_files_are_made_again(order: Order, meta: Whole, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(meta[0], tmp_path / "run"))
+    (folder / "report.json").unlink()
+    for name in ("checkpoints/epoch-002.safetensors", "metanetwork.safetensors"):
+        os.truncate(folder / name, 1000)
+    content = bytearray((folder / "models/direct-seed0/weights.safetensors").read_bytes())
+    content[-5] ^= 64  # one bit of one weight
+    (folder / "models/direct-seed0/weights.safetensors").write_bytes(content)
+    (folder / "data-models/0/model.json").write_text('{"format": 1, "netw')
+    assert order(["meta-train", META, str(folder)])[0][0] == 0
+    assert evidence(folder) == meta[1]
+
+
+def test_two_runs_with_the_same_seed(order: Order, meta: Whole, tmp_path: Path) -> None:
+    assert whole(order, tmp_path / "again", [*META, "checkpoint_every=60.0", "seed=0"])[1] == meta[1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(25))
+def test_25_killed_runs(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
+    tick = moments(meta[2], 25, seed=0)[number]
+    assert killed_and_resumed(order, tmp_path / "run", META, tick) == meta[1]
+
+
+@pytest.mark.soak
+def test_a_run_that_is_killed_again_and_again(order: Order, meta: Whole, tmp_path: Path) -> None:
+    """It gets a bit further each time, also when it is killed while it cleans up."""
+    folder, kills = tmp_path / "run", 0
+    for tick in (meta[2] // 3, 5, meta[2] // 3, 12):
+        [[status, _]] = order(["meta-train", META, str(folder), tick])
+        kills += status == -signal.SIGKILL
+    assert kills == 4
+    assert order(["meta-train", META, str(folder)])[0][0] == 0
+    assert evidence(folder) == meta[1]
+
+
+PENDING = "zoo/tasks/."
+"""The file of a task that is being handed in."""
+
+
+def test_a_worker_of_a_zoo_is_killed(order: Order, vote: Whole, tmp_path: Path) -> None:
+    """When it hands in a task; the other one takes over, without a resume."""
+    assert build_together(order, vote, tmp_path, PENDING) == -signal.SIGKILL
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("tick", moments(150, 10, seed=2))
+def test_workers_of_a_zoo_are_killed(order: Order, vote: Whole, tmp_path: Path, tick: int) -> None:
+    build_together(order, vote, tmp_path, tick)
+
+
+def build_together(order: Order, vote: Whole, tmp_path: Path, tick: int | str) -> int:
+    """Two processes go on with a run that was killed over its first task, one until the tick; how that one ended."""
+    folder = str(tmp_path / "run")
+    assert order(["meta-train", VOTE, folder, PENDING])[0][0] == -signal.SIGKILL
+    (main, _), (worker, _) = order(["meta-train", VOTE, folder], ["join", VOTE, folder, tick])
+    assert main == 0
+    assert evidence(tmp_path / "run") == vote[1]
+    return worker
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(10))
+def test_both_builders_of_a_zoo_are_killed(order: Order, vote: Whole, tmp_path: Path, number: int) -> None:
+    folder, tick = str(tmp_path / "run"), moments(vote[2] // 2, 10, seed=3)[number]
+    assert order(["meta-train", VOTE, folder, PENDING])[0][0] == -signal.SIGKILL
+    order(["meta-train", VOTE, folder, tick], ["join", VOTE, folder, tick])
+    assert order(["meta-train", VOTE, folder])[0][0] == 0
+    assert evidence(tmp_path / "run") == vote[1]

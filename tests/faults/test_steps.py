@@ -1,0 +1,149 @@
+"""Steps that go wrong.
+
+* A step whose loss or gradient is not finite is not taken, the schedule goes on, norms keep their statistics, the epoch
+  counts it, and its means are those of the other steps.
+* Five in a row stop the training with the cause, in a short one all of its steps.
+* Out of memory: mini-batches are read in pieces from then on; the gradient is that of the whole where norms do not
+  learn from the batch. What does not fit in the smallest pieces is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from made_runs import built
+from test_training import dark_and_bright, small_network
+from torch import Tensor, nn
+
+import gmn
+from gmn.errors import TrainingError
+from gmn.guard import Pieces
+from gmn.loop import run_epochs
+from gmn.meta_train import DataModel, meta_step
+from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
+from gmn.settings import Fit
+from gmn.training import fit, make_optimizer, make_schedule
+
+
+def loop(gradients: list[float], losses: list[float] | None = None) -> tuple[float, list[dict[str, float]]]:
+    """One weight, from 0, with these gradients: its value at the end, and the log. The rate is 1, 1/2 after 2 steps."""
+    model, log = nn.Linear(1, 1, bias=False), []
+    nn.init.zeros_(model.weight)
+    config = Fit(epochs=2, lr=1.0, momentum=0.0, weight_decay=0.0, milestones=[1], gamma=0.5)
+    optimizer, half = make_optimizer(model, config), len(gradients) // 2
+
+    def step(index: int) -> dict[str, float]:
+        model.weight.grad = torch.full((1, 1), gradients[index])
+        return {"loss": losses[index] if losses else float(index)}
+
+    def batches(epoch: int) -> list[int]:
+        return list(range(half * epoch, half * (epoch + 1)))
+
+    schedule = make_schedule(optimizer, config, half)
+    run_epochs(2, half, batches, step, optimizer, schedule, model=model, seed=0, title="mine", log=log.append)
+    return model.weight.item(), log
+
+
+def test_a_step_that_is_not_finite_is_skipped(capfd: pytest.CaptureFixture[str]) -> None:
+    assert loop([1.0, 1.0, 1.0, 1.0]) == (-3.0, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 2.5}])
+    assert "warning" not in capfd.readouterr().err
+    weight, log = loop([math.nan, 1.0, 1.0, -math.inf])
+    assert weight == -1.5  # the second and the third, at half the rate
+    assert log == [{"epoch": 1, "loss": 1.0, "skipped": 1}, {"epoch": 2, "loss": 2.0, "skipped": 1}]
+    assert "mine: gradient is inf in epoch 2; the step is skipped" in capfd.readouterr().err
+    assert loop([1.0] * 4, [math.inf, 1.0, 1.0, 1.0])[0] == -2.0
+
+
+def test_several_in_a_row_stop_the_training() -> None:
+    bad = math.nan
+    assert loop([1.0, bad, bad, bad, bad, 1.0, bad, bad])[0] == -1.5
+    with pytest.raises(TrainingError, match=r"mine: gradient is not finite: got nan in 5 steps in a row; in epoch 2"):
+        loop([1.0, bad, bad, bad, bad, bad, 1.0, 1.0])
+    with pytest.raises(TrainingError, match=r"in 2 steps in a row"):  # it has no more
+        loop([bad, bad])
+
+
+def test_norms_keep_their_statistics() -> None:
+    """The third of four batches has one image that is not finite."""
+    seen: list[Tensor] = []
+
+    def poison(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(inputs[0])
+        return (inputs[0].clone().index_fill_(0, torch.tensor([0]), math.nan) if len(seen) == 3 else inputs[0],)
+
+    model, log = small_network(), []
+    handle = model.register_forward_pre_hook(poison)
+    fit(model, dark_and_bright(), Fit(epochs=1, lr=0.1, batch_size=16), log=log.append)
+    handle.remove()
+    assert log[0]["skipped"] == 1
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    assert int(model.state_dict()["1.num_batches_tracked"]) == 3
+
+
+class Small(nn.Module):
+    """A network in a memory that holds so many images."""
+
+    def __init__(self, body: nn.Module, room: int) -> None:
+        super().__init__()
+        self.body, self.room, self.seen = body, room, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        self.seen.append(len(x))
+        return y
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+
+
+def test_a_mini_batch_in_pieces(capfd: pytest.CaptureFixture[str]) -> None:
+    config, log = Fit(epochs=2, lr=0.05, batch_size=16), []
+    whole, cut = plain(), Small(plain(), room=5)
+    fit(whole, dark_and_bright(), config)
+    fit(cut, dark_and_bright(), config, log=log.append)
+    assert cut.seen == [4] * 4 * 8
+    assert [entry["pieces"] for entry in log] == [4, 4]
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    said = capfd.readouterr().err
+    assert said.count("out of memory") == 2
+    assert "from now on a mini-batch is read in 4 pieces" in said
+
+
+def test_norms_do_not_learn_from_a_pass_that_failed() -> None:
+    model = Small(small_network(), room=8)
+    fit(model, dark_and_bright(16), Fit(epochs=1, lr=0.1, batch_size=16))
+    assert int(model.state_dict()["body.1.num_batches_tracked"]) == 2
+
+
+def test_what_does_not_fit_at_all() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
+        fit(Small(small_network(), room=1), dark_and_bright(), Fit(epochs=1, lr=0.1, batch_size=16))
+
+
+def test_a_meta_step_in_pieces() -> None:
+    """Data models are in eval mode: the gradient is the same."""
+    model = built({"name": "cifar.resnet8", "num_classes": 10, "in_channels": 1, "options": {"width": 4}}).eval()
+    data = gmn.load_data("digits", limit=100)
+    graph = gmn.to_graph(model, data.example_inputs())
+    subject = DataModel(model, graph, gmn.Importance(graph.spec, gmn.couplings(graph.spec)))
+    images = next(data.train.batches(20))
+    found: list[Any] = []
+    for count in (1, 3):
+        torch.manual_seed(0)
+        config = MetaNetworkConfig(len(subject.graph.spec.columns), dict(subject.graph.spec.edge_kinds), 1, 4)
+        metanetwork, pieces = MetaNetwork(config), Pieces("x", len(images[1]))
+        pieces.count = count
+        metrics = meta_step(metanetwork, subject, [images], pruner_reg=1.0, pieces=pieces)
+        found.append((metrics, [p.grad.clone() for p in metanetwork.parameters() if p.grad is not None]))
+    (whole, one), (cut, three) = found
+    assert cut["pieces"] == 3
+    assert whole["loss"] == pytest.approx(cut["loss"])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, three, strict=True))
