@@ -33,6 +33,7 @@ class Place:
         epoch, step: The epoch, counted from 0, and how many of its steps are done.
         sums: Of the epoch's metrics so far, each divided by the number of steps.
         skipped: Steps of the epoch that were not taken, because something was not finite.
+        in_a_row: Steps that were not taken since the last one that was.
         seconds: Of every epoch since the training began.
     """
 
@@ -40,6 +41,7 @@ class Place:
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
+    in_a_row: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def since(self, epoch: int) -> float:

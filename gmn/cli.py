@@ -41,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Make trained neural networks smaller with graph metanetworks.",
+    epilog="Exit codes: 0 done, 1 something was found, 2 a mistake, 3 the disk, 4 out of memory, 130 Ctrl-C.",
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")]

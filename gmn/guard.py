@@ -13,12 +13,13 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gmn.bookmark import Place
 from gmn.distributed import team
 from gmn.errors import TrainingError
 from gmn.progress import say
 
 PATIENCE = 5
-"""So many steps in a row may be skipped less one; all steps of a training that has fewer."""
+"""So many skipped steps in a row end a training; one that has fewer steps ends when all are skipped."""
 
 Item = TypeVar("Item")
 Metrics = dict[str, float]
@@ -84,10 +85,14 @@ class Guard:
         # a process that repeats a step would send the others what they do not wait for
         self.title, self.model, self.pieces = title, model, pieces if team().size == 1 else None
         self.optimizer, self.schedule = optimizer, schedule
-        self.patience, self.in_a_row = min(PATIENCE, steps), 0
+        self.patience = min(PATIENCE, steps)
 
-    def take(self, step: Callable[[Item], Metrics], item: Item, epoch: int) -> Metrics | None:
+    def take(self, step: Callable[[Item], Metrics], item: Item, place: Place) -> Metrics | None:
         """Compute gradients and let the optimizer step; None if something was not finite and the step was not taken.
+
+        Args:
+            step, item: What computes the gradients, and of what.
+            place: Where the training stands; its `in_a_row` is counted.
 
         Raises:
             TrainingError: if that is so for `PATIENCE` steps in a row.
@@ -97,12 +102,12 @@ class Guard:
         metrics = self._gradients(step, item, before)
         bad = self._not_finite(metrics)
         if bad is None:
-            self.in_a_row = 0
+            place.in_a_row = 0
             self.optimizer.step()
             self.schedule.step()
             return metrics
         self._restore(before)
-        self._count(*bad, epoch)
+        self._count(*bad, place)
         with warnings.catch_warnings():  # a schedule that is ahead of its optimizer is meant
             warnings.simplefilter("ignore", UserWarning)
             self.schedule.step()
@@ -132,10 +137,11 @@ class Guard:
         largest = float(get_total_norm(gradients, math.inf))
         return None if math.isfinite(largest) else ("gradient", largest)
 
-    def _count(self, name: str, value: float, epoch: int) -> None:
-        self.in_a_row += 1
-        if self.in_a_row >= self.patience:
-            got = f"{value} in {self.in_a_row} steps in a row"
+    def _count(self, name: str, value: float, place: Place) -> None:
+        place.in_a_row += 1
+        where = f"epoch {place.epoch + 1}"
+        if place.in_a_row >= self.patience:
+            got = f"{value} in {place.in_a_row} steps in a row"
             hint = "lower the learning rate, or look for images or weights that are not finite"
-            raise TrainingError(f"{self.title}: {name} is not finite", got=got, where=f"epoch {epoch + 1}", hint=hint)
-        say(f"warning: {self.title}: {name} is {value} in epoch {epoch + 1}; the step is skipped")
+            raise TrainingError(f"{self.title}: {name} is not finite", got=got, where=where, hint=hint)
+        say(f"warning: {self.title}: {name} is {value} in {where}; the step is skipped")

@@ -65,9 +65,8 @@ class Job:
             with stage(self.run.log, "network", network=name):
                 model = make().eval()
             score = evaluate(model, self.data.val).accuracy
-            self.run.log(
-                "network", name=name, validation_accuracy=score
-            )  # before it is kept: killed here, it is redone
+            # in this order: killed in between, the network is made again, and logged once
+            self.run.log("network", name=name, validation_accuracy=score)
             save_model(folder, model, self.source, validation_accuracy=score, input_shape=self.data.input_shape)
             self.run.forget()
             say(f"{name}: validation accuracy {score:.2%}")

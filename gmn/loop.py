@@ -60,14 +60,14 @@ def run_epochs(
             advance(steps=(place.epoch - start) * steps + place.step)
         for epoch in range(place.epoch, epochs):
             torch.manual_seed(seed * 100_003 + epoch + 7919 * team().rank)  # dropout and the like
-            place = place if place.epoch == epoch else Place(epoch, seconds=place.seconds)
+            place = place if place.epoch == epoch else Place(epoch, in_a_row=place.in_a_row, seconds=place.seconds)
             began = time.perf_counter() - (place.seconds.pop() if place.step else 0.0)
             place.seconds.append(0.0)
             if place.step == steps:  # that one is only to be logged
                 random.clear()
             for item in itertools.islice(batches(epoch), place.step, None) if place.step < steps else ():
                 set_random_numbers(random)
-                _add(place, metrics := guard.take(step, item, epoch), steps)
+                _add(place, metrics := guard.take(step, item, place), steps)
                 place.seconds[-1] = time.perf_counter() - began
                 advance(", ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items()))
                 if bookmark and bookmark.is_due():

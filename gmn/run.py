@@ -36,8 +36,6 @@ from gmn.processes import is_left_over, sweep
 from gmn.progress import say
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
-
-
 UNDER_WAY = "under-way"
 
 
@@ -94,7 +92,8 @@ class Run:
         if self.replaces:
             _empty(self.folder)
         if is_run(self.folder) and not self._resumes:  # made while the recipe was tried out
-            raise GmnError("another process works in the run folder", got=str(self.folder))
+            hint = "go on with --resume, or give another with --run"
+            raise GmnError("another process works in the run folder", got=str(self.folder), hint=hint)
         sweep(self.folder)
         self._known = {_said(entry) for entry in read_lines(self.folder / "metrics.jsonl")}
         if not is_run(self.folder):

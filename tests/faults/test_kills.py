@@ -61,6 +61,7 @@ def whole(order: Order, folder: Path, recipe: list[str]) -> Whole:
     """A run that nobody kills: where it is, what it leaves, and how many ticks it has."""
     [[status, ticks]] = order(["meta-train", recipe, str(folder)])
     assert status == 0
+    print(f"{ticks} ticks")
     return folder, evidence(folder), ticks
 
 
@@ -120,6 +121,15 @@ def test_two_runs_with_the_same_seed(order: Order, meta: Whole, tmp_path: Path) 
 def test_25_killed_runs(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
     tick = moments(meta[2], 25, seed=0)[number]
     assert killed_and_resumed(order, tmp_path / "run", META, tick) == meta[1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(10))
+def test_full_disks(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
+    folder, tick = str(tmp_path / "run"), moments(meta[2], 10, seed=4)[number]
+    assert order(["meta-train", META, folder, tick, "full"])[0][0] == 3
+    assert order(["meta-train", META, folder])[0][0] == 0
+    assert evidence(tmp_path / "run") == meta[1]
 
 
 @pytest.mark.soak

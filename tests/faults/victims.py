@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from gmn import pipeline, report
-from gmn.cli import main as gmn
+import gmn.pipeline  # noqa: F401  (once, not in every process)
+from gmn import report
+from gmn.cli import main as command
 
-assert pipeline  # imported once, not in every process
 Job = tuple[str, list[str], str, int | str | None, str]
 FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "sqlite3.connect")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -76,7 +76,7 @@ def work(verb: str, recipe: list[str], folder: str, last: int | str | None, faul
         arguments = [verb, folder]
     sys.argv, report.show = ["gmn", *arguments], lambda *_: None  # type: ignore[assignment]  # pictures take long
     try:
-        gmn()
+        command()
     except SystemExit as end:
         return int(end.code or 0), clock.ticks
     return 0, clock.ticks
@@ -100,19 +100,15 @@ def forked(job: Job) -> tuple[int, int]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    os.dup2(2, 1)  # what the runs print
-    for line in sys.stdin:
-        answer = []
-        for pid, reading in [forked(job) for job in json.loads(line)]:
-            ticks = os.read(reading, 100)
-            os.close(reading)
-            answer.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(ticks or 0)])
-        ANSWERS.write(json.dumps(answer) + "\n")
-        ANSWERS.flush()
-    ANSWERS.close()
-
-
-ANSWERS = os.fdopen(os.dup(1), "w")
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what the runs print
+        for line in sys.stdin:
+            answer = []
+            for pid, reading in [forked(job) for job in json.loads(line)]:
+                ticks = os.read(reading, 100)
+                os.close(reading)
+                answer.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(ticks or 0)])
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
