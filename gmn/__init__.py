@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gmn.groups import KeepMask, couplings
     from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
     from gmn.networks import build_network, load_weights
+    from gmn.permission import allow_code
     from gmn.rules import Call, Converter, register_converter, register_function
     from gmn.scores import Score, register_criterion
     from gmn.settings import Criterion, Fit, Prune, Ranking
@@ -59,6 +60,7 @@ __all__ = [
     "Score",
     "Voters",
     "Zoo",
+    "allow_code",
     "build_network",
     "cost",
     "couplings",
@@ -107,6 +109,7 @@ _HOMES = {
     "Score": "gmn.scores",
     "Voters": "gmn.api",
     "Zoo": "gmn.zoo",
+    "allow_code": "gmn.permission",
     "build_network": "gmn.networks",
     "cost": "gmn.costs",
     "couplings": "gmn.groups",

@@ -10,6 +10,7 @@ import typer
 
 from gmn.cli_bench import bench_app
 from gmn.cli_options import (
+    AllowCodeOption,
     BuilderOption,
     ClassesOption,
     InputOption,
@@ -47,6 +48,7 @@ def meta_train(
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Learn a metanetwork from data models, then prune a network with it and compare."""
     from gmn import pipeline, report  # torch takes seconds to import: not for --help
@@ -68,6 +70,7 @@ def prune(
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Prune the recipe's network with what was learnt in another run."""
     from gmn import pipeline, report
@@ -112,6 +115,7 @@ def curve(
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many validation images a point.")] = 2000,
     drop: Annotated[float, typer.Option("--drop", min=0, help="Accuracy lost at the turning point.")] = 0.02,
     finetune_images: FinetuneOption = 0,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Draw accuracy against speed-up, without fine-tuning, for some checkpoints of a run."""
     from gmn import curve_cli
@@ -126,6 +130,7 @@ def select(
     min_accuracy: Annotated[float, typer.Option("--min-accuracy", help="Validation accuracy before pruning.")],
     finetune_images: FinetuneOption = 10_000,
     use: Annotated[bool, typer.Option("--use", help="Make it the run's metanetwork.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Find the last checkpoint that keeps networks accurate, by binary search; later ones make them easier to prune."""
     from gmn import curve_cli
@@ -150,6 +155,7 @@ def inspect(
     network: NetworkOption = None,
     draw: Annotated[Path | None, typer.Option("--draw", help="Draw the graph into this picture.")] = None,
     groups: Annotated[bool, typer.Option("--groups/--no-groups", help="The table of coupled channels.")] = True,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Show what of a network is in its graph, and which channels belong together."""
     from gmn import convert_cli, subject
@@ -169,6 +175,7 @@ def convert(
     weights: WeightsOption = None,
     network: NetworkOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Write a network's graph to a file; or a graph file's network to a state dict."""
     from gmn import convert_cli, subject
@@ -196,6 +203,7 @@ def export(
     options: BuilderOption = None,
     weights: WeightsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Write a network for other programs, each file opened again and compared: safetensors, torch.export, ONNX."""
     from gmn import export_cli, subject
@@ -205,7 +213,9 @@ def export(
 
 
 @app.command(epilog="Example:  gmn join runs/graph-mask-voting   (while gmn meta-train works on it elsewhere)")
-def join(run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")]) -> None:
+def join(
+    run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")], allow_code: AllowCodeOption = False
+) -> None:
     """Share the work of a vote run that is under way: tasks of its zoo, then its comparison from the end."""
     from gmn import pipeline
 
@@ -223,6 +233,7 @@ def study(
     targets: Annotated[int, typer.Option("--targets", min=1, help="At most so many tasks are averaged over.")] = 12,
     neighbours: Annotated[str, typer.Option("--neighbours", help="Numbers of neighbours.")] = "1,3,5,10",
     iterations: Annotated[str | None, typer.Option("--iterations", help="Numbers of steps.")] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Study a finished vote run: what similar tasks share, and how the vote's accuracy depends on its settings."""
     from gmn import study_cli

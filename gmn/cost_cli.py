@@ -12,6 +12,7 @@ from gmn.checkpoint import save_json
 from gmn.cli_options import numbers
 from gmn.convert_cli import wide_console
 from gmn.errors import CheckpointError
+from gmn.permission import allow_code
 from gmn.recipe import load_recipe
 from gmn.report import title
 from gmn.run import open_run
@@ -29,7 +30,8 @@ CAPTION = (
 
 def cost(run: Path, *, networks: str, output: Path | None) -> None:
     """Print what a run cost; write JSON if a path is given."""
-    recipe = load_recipe(open_run(run) / "recipe.yaml")
+    with allow_code():  # for its name and labels only
+        recipe = load_recipe(open_run(run) / "recipe.yaml")
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
         raise CheckpointError("the run has no metanetwork", expected=expected, got=str(run))

@@ -62,3 +62,7 @@ class TrainingError(GmnError):
 
 class CheckpointError(GmnError):
     """A saved file that is missing, torn or of another kind."""
+
+
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What code raises that meets content of another form than it expects, such as that of a file."""

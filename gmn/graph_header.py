@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmn.errors import CheckpointError
 from gmn.graph import GraphSpec
-from gmn.networks import UNREADABLE
+from gmn.state_dict import UNREADABLE
 
 FORMAT, VERSION = "gmn.graph", "1"
 LARGEST = 50_000_000  # bytes of JSON; safetensors reads no header above 100 MB, in which each quote takes two
@@ -92,7 +92,9 @@ def _header(meta: dict[str, str], path: Path) -> Header:
     if meta.get("version") != VERSION:
         got = reprlib.repr(meta.get("version"))
         raise CheckpointError("a graph file of another version", expected=VERSION, got=got, where=str(path))
-    text = meta.get("header", "")
+    if len(text := meta.get("header", "")) > LARGEST:
+        expected, got = f"{LARGEST:,} characters at most", f"{len(text):,}"
+        raise CheckpointError("the graph's structure is too large", expected=expected, got=got, where=str(path))
     try:
         header = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:

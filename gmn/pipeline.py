@@ -18,6 +18,7 @@ from gmn.compare import compare
 from gmn.errors import RecipeError
 from gmn.learnt import METANETWORK, adopt
 from gmn.meta_job import MetaJob
+from gmn.permission import allow_code
 from gmn.recipe import AnyRecipe, dump_recipe, load_recipe
 from gmn.run import Run, open_run
 from gmn.settings import Recipe
@@ -39,7 +40,8 @@ def meta_train(recipe: AnyRecipe, folder: Path, *, resume: bool = False, overwri
     Everything finished is kept in the run folder, so that `resume` goes on where a run stopped.
     """
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    return _learn_votes(recipe, run) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
+    with allow_code(only=[recipe.network.name]):  # what the run saves names it too
+        return _learn_votes(recipe, run) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
 
 
 def prune_recipe(
@@ -59,8 +61,11 @@ def prune_recipe(
         hint = "give another with --run"
         raise RecipeError("the run folder is the one that was learnt in", got=str(folder), hint=hint)
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
-    if isinstance(recipe, VoteRecipe):
-        return _prune_with_votes(recipe, run, path)
+    with allow_code(only=[recipe.network.name]):  # what the run saves names it too
+        return _prune_with_votes(recipe, run, path) if isinstance(recipe, VoteRecipe) else _prune(recipe, run, path)
+
+
+def _prune(recipe: Recipe, run: Run, path: Path) -> Report:
     metanetwork, layout, _ = load_metanetwork(path)
     job = MetaJob(recipe, run, (metanetwork, layout))
     adopt(run, METANETWORK, path)

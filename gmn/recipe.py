@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gmn.errors import RecipeError
+from gmn.permission import NAMES_CODE, refuse_code
 from gmn.settings import Recipe
 from gmn.settings_vote import VoteRecipe
 
@@ -45,30 +46,34 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe from a file, or a built-in one by its name.
 
     A file of that name goes before a built-in recipe. Relative paths inside a recipe stay as
-    they are written: they count from the directory that gmn is started in.
+    they are written: they count from the directory that gmn is started in. Functions that a file names,
+    `package.module:function`, are refused outside of `gmn.allow_code()`; those of an override are the caller's own.
 
     Args:
         source: A path, or a name out of `builtin_recipes()`.
         overrides: Strings such as `"meta_train.epochs=3"`; the value is read as YAML.
 
     Raises:
-        RecipeError: On anything wrong, with file and line.
+        RecipeError: On anything wrong, with file and line; also on a function to call that is not allowed.
 
     >>> load_recipe("quickstart", ["seed=25"]).seed
     25
     """
     content, places, stem = _read(str(source))
-    for override in overrides:
-        _override(content, places, override)
+    callers = [_override(content, places, override) for override in overrides]
     content.setdefault("name", stem)
     kind = METHODS.get(method) if isinstance(method := content.get("method", "metanetwork"), str) else None
     if kind is None:
         expected, where = f"one of {', '.join(METHODS)}", places[("method",)]
         raise RecipeError("unknown method", expected=expected, got=reprlib.repr(method), where=where)
     try:
-        return kind.model_validate(content)
+        recipe = kind.model_validate(content)
     except ValidationError as error:
         raise _explain(error.errors(), places, kind) from None
+    for key, name in _functions(recipe):
+        if not any(key[: len(own)] == own for own in callers):
+            refuse_code(name, _dotted(key), _place(key, places), RecipeError)
+    return recipe
 
 
 def builtin_recipes() -> list[str]:
@@ -109,6 +114,19 @@ def read_value(text: str, shown: str) -> Any:
     [0.001, None]
     """
     return _parse(text, shown)[0]
+
+
+def _functions(value: object, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """The texts of a recipe that may name a function to call, wherever they stand."""
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            own = getattr(value, name)
+            if NAMES_CODE in field.metadata:
+                yield (*key, name), own
+            yield from _functions(own, (*key, name))
+    elif isinstance(value, (list, tuple, dict)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _functions(item, (*key, name))
 
 
 # Finding
@@ -221,8 +239,8 @@ def _walk(node: yaml.Node, key: Key, places: Places, shown: str) -> None:
             _walk(value, child, places, shown)
 
 
-def _override(content: dict[str, Any], places: Places, override: str) -> None:
-    """Set one value of a recipe, from `section.key=value`."""
+def _override(content: dict[str, Any], places: Places, override: str) -> Key:
+    """Set one value of a recipe, from `section.key=value`; returns its key."""
     dotted, equals, text = (part.strip() for part in override.partition("="))
     shown = f"--set {override}"
     *parents, last = dotted.split(".")
@@ -242,6 +260,7 @@ def _override(content: dict[str, Any], places: Places, override: str) -> None:
     for old in [old for old in places if old[: len(key)] == key]:
         del places[old]
     places[key] = shown
+    return key
 
 
 # Errors

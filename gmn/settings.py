@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Strict, field_validator, model_validator
 
+from gmn.permission import NAMES_CODE
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
 from gmn.settings_report import Baseline, distinct, labelled
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
+CodeName = Annotated[str, NAMES_CODE]
 DEVICES = r"auto|cpu|cuda(:\d+)?"
 
 
@@ -29,7 +31,7 @@ class Data(Section):
     Relative paths count from the directory that gmn is started in, not from the recipe's.
     """
 
-    name: str = Field(min_length=1, description="digits, cifar10, parquet, imagefolder, pkg.mod:fn, ...")
+    name: CodeName = Field(min_length=1, description="digits, cifar10, parquet, imagefolder, pkg.mod:fn, ...")
     root: PathLike | None = Field(default=None, description="folder that holds the data")
     download: bool = Field(default=False, description="fetch the data when it is missing")
     train: str | None = Field(default=None, description="parquet files of the training images, a glob")
@@ -61,7 +63,7 @@ class Data(Section):
 class Network(Section):
     """The network to make smaller."""
 
-    name: str = Field(min_length=1, description="cifar.resnet20, torchvision.X, timm.X or pkg.mod:fn")
+    name: CodeName = Field(min_length=1, description="cifar.resnet20, torchvision.X, timm.X or pkg.mod:fn")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the builder")
     weights: PathLike | None = Field(default=None, description="state dict to start from")
 
@@ -180,7 +182,7 @@ class MetaTrain(Section):
 class Criterion(Section):
     """How important a channel is."""
 
-    score: str = Field(
+    score: CodeName = Field(
         default="norm",
         min_length=1,
         description="norm, bn-scale, taylor, fpgm, random, a registered name or package.module:function",
