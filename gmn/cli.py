@@ -85,10 +85,11 @@ def prune(
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Show the table of a finished run and draw its plots."""
     from gmn import report as reports
-    from gmn.run import load_report, open_run
+    from gmn.run import load_report, open_run, reading
 
     folder = open_run(run)
-    reports.show(load_report(folder), folder)
+    with reading(folder):
+        reports.show(load_report(folder), folder)
 
 
 @app.command(epilog="Examples:  gmn cost runs/quickstart   |   gmn cost runs/quickstart --networks 1,10 -o cost.json")

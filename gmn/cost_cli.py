@@ -15,7 +15,7 @@ from gmn.errors import CheckpointError
 from gmn.permission import allow_code
 from gmn.recipe import load_recipe
 from gmn.report import title
-from gmn.run import open_run
+from gmn.run import open_run, reading
 from gmn.run_cost import account
 from gmn.settings import Recipe
 
@@ -35,9 +35,11 @@ def cost(run: Path, *, networks: str, output: Path | None) -> None:
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
         raise CheckpointError("the run has no metanetwork", expected=expected, got=str(run))
-    content = {"recipe": recipe.name, **account(run, numbers("--networks", networks), recipe.report.metanetworks)}
-    console = wide_console()
-    for table in (*learning(content), pruning(content), even(content)):
+    counts, console = numbers("--networks", networks), wide_console()
+    with reading(run / "metrics.jsonl"):
+        content = {"recipe": recipe.name, **account(run, counts, recipe.report.metanetworks)}
+        tables = [*learning(content), pruning(content), even(content)]
+    for table in tables:
         console.print(table or "no row without a metanetwork takes longer for a network: there is no break-even")
     if output is not None:
         save_json(output, content)

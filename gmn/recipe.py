@@ -38,6 +38,8 @@ AnyRecipe = Recipe | VoteRecipe
 AnySection = TypeVar("AnySection", bound=BaseModel)
 METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe}
 
+MOST_BYTES, MOST_KEYS = 500_000, 20_000  # of a recipe; the longest of ours has 3,000 bytes
+
 Key = tuple[int | str, ...]
 Places = dict[Key, str]  # where each key was written: "my.yaml:12", or "--set a.b=3"
 
@@ -152,9 +154,12 @@ def _find(source: str) -> tuple[str, str, str]:
         hint = f"did you mean {near[0]!r}?" if near else None
         raise RecipeError(f"no recipe {source!r}", expected=f"a file, or one of {', '.join(names)}", hint=hint)
     try:
-        text = place.read_text(encoding="utf-8")
+        with place.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("recipe cannot be read", got=str(error), where=source) from None
+    if len(text) > MOST_BYTES:
+        raise RecipeError("not a recipe: too long", expected=f"{MOST_BYTES:,} characters at most", where=source)
     return text, source if isinstance(place, Path) else f"{source}.yaml", PurePath(place.name).stem
 
 
@@ -223,7 +228,9 @@ def _parse(text: str, shown: str) -> tuple[Any, Places]:
 
 
 def _walk(node: yaml.Node, key: Key, places: Places, shown: str) -> None:
-    """Note the line of every key; a key that comes twice is an error."""
+    """Note the line of every key; a key that comes twice is an error, and so are aliases that make millions of them."""
+    if len(places) > MOST_KEYS:
+        raise RecipeError("not a recipe: too long", expected=f"{MOST_KEYS:,} keys at most", where=shown)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             places[(*key, index)] = f"{shown}:{item.start_mark.line + 1}"

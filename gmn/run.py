@@ -18,13 +18,15 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.errors import MarkupError
 
 from gmn.checkpoint import load_json, save_bytes, save_json, save_text
-from gmn.errors import CheckpointError, GmnError
+from gmn.errors import MALFORMED, CheckpointError, GmnError
 from gmn.jsonl import append_line, read_lines
 from gmn.permission import allow_code
 
@@ -47,6 +49,8 @@ class Run:
     def __init__(self, folder: Path, recipe: str, *, resume: bool = False, overwrite: bool = False) -> None:
         self.folder, self.recipe = folder, recipe
         saved = folder / "recipe.yaml"
+        if saved.is_file() and not overwrite:
+            refuse_links(folder)
         if resume and overwrite:
             raise GmnError("--resume and --overwrite exclude each other", where=str(folder))
         if folder.exists() and not folder.is_dir():
@@ -110,20 +114,56 @@ def is_run(folder: Path) -> bool:
 
 
 def open_run(folder: str | Path) -> Path:
-    """The folder, if it is a run folder; CheckpointError otherwise."""
+    """The folder, if it is a run folder and nothing in it leads out of it; CheckpointError otherwise."""
     folder = Path(folder)
     if not is_run(folder):
         hint = f"did you mean {Path('runs') / folder}?" if is_run(Path("runs") / folder) else None
         raise CheckpointError("not a run folder", expected="a folder with recipe.yaml", got=str(folder), hint=hint)
+    refuse_links(folder)
     return folder
 
 
+def refuse_links(folder: Path) -> None:
+    """CheckpointError if a link leads out of a folder, or something in it is neither file nor folder.
+
+    A run is gone on with by writing into it: through the links of a stranger's it would be elsewhere.
+    """
+    root = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                hint = "put what it leads to into the folder"
+                raise CheckpointError("a link that leaves the run folder", got=str(path), hint=hint)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise CheckpointError("neither file nor folder in a run folder", got=str(path))
+
+
 def load_report(folder: Path) -> dict[str, Any]:
-    """The finished report of a run."""
-    if not (folder / "report.json").is_file():
+    """The finished report of a run; CheckpointError if there is none, or it is no mapping of printable texts."""
+    path = folder / "report.json"
+    if not path.is_file():
         raise CheckpointError("the run has no report yet", where=str(folder), hint="go on with it: gmn ... --resume")
-    report: dict[str, Any] = load_json(folder / "report.json")
+    report = load_json(path)
+    if not isinstance(report, dict) or not _printable(report):
+        raise CheckpointError("malformed report", expected="a mapping, printable texts", where=str(path))
     return report
+
+
+def _printable(content: object) -> bool:
+    """Whether a terminal can show all texts in some JSON."""
+    if isinstance(content, dict):
+        return _printable([*content, *content.values()])
+    return all(map(_printable, content)) if isinstance(content, list) else str(content).isprintable()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside the `with`, content of another form than expected is a CheckpointError that names the file."""
+    try:
+        yield
+    except (*MALFORMED, MarkupError) as error:
+        got = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise CheckpointError("malformed content", got=got, where=str(path)) from error
 
 
 def environment() -> dict[str, Any]:

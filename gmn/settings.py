@@ -16,6 +16,7 @@ from gmn.settings_report import Baseline, distinct, labelled
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
 CodeName = Annotated[str, NAMES_CODE]
 DEVICES = r"auto|cpu|cuda(:\d+)?"
+NAME = re.compile(r"(?!\.)[^/\\\[\]]{1,100}")
 
 
 class Augment(Section):
@@ -268,6 +269,15 @@ class Common(Section):
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     data: Data = Field(description="the images")
     network: Network = Field(description="the network to make smaller")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value) or not value.isprintable():  # it names a folder in runs/, and titles
+            raise ValueError(
+                f"100 printable characters at most, none of / \\ [ ], no dot in front; got {value[:100]!r}"
+            )
+        return value
 
     @field_validator("device")
     @classmethod

@@ -98,5 +98,6 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _is_plain(value: object) -> bool:
     """Whether it is a tensor of ordinary numbers."""
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    return dense and not value.is_quantized and not value.is_complex() and not value.is_nested
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not (value.is_quantized or value.is_complex() or value.is_nested)
