@@ -11,7 +11,7 @@ from gmn.errors import CheckpointError
 
 SLACK = 2**28  # bytes
 SHARE = 256  # a network may lose all but one of so many numbers in pruning
-MOST_TENSORS = 50_000
+MOST_TENSORS = 20_000
 
 
 class Room(TorchFunctionMode):

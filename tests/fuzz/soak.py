@@ -60,11 +60,11 @@ class Ran(BaseException):
 # -- the process of the cases ------------------------------------------------------------------------------------------
 
 
-def serve(names: Sequence[str], first: int, last: int, seed: int) -> None:
-    """Run cases, a line of JSON before and after each."""
+def serve(names: Sequence[str], first: int, last: int, seed: int, folder: str, seconds: float) -> None:
+    """Run cases of the `kinds.py` in a folder, a line of JSON before and after each."""
     said = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.path[:0] = [str(Path(__file__).parent)]
+    sys.path[:0] = [folder]
     import kinds
 
     _forbid_code()
@@ -72,7 +72,8 @@ def serve(names: Sequence[str], first: int, last: int, seed: int) -> None:
     signal.signal(signal.SIGPROF, _time_up)
     limit = _status("VmSize") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    with tempfile.TemporaryDirectory() as place:
+    fast = "/dev/shm" if Path("/dev/shm").is_dir() else None  # zoos are flushed to disk
+    with tempfile.TemporaryDirectory(dir=fast) as place:
         for name in names:
             kind, whole = kinds.KINDS[name], Path(place, "whole", name)
             whole.mkdir(parents=True)
@@ -86,16 +87,16 @@ def serve(names: Sequence[str], first: int, last: int, seed: int) -> None:
                 target = Path(place, "case")
                 shutil.copytree(whole, target)
                 kinds.broken(target, kind, random.Random(f"{seed} {name} {number}"))
-                result = _tried(kind, target, kinds.LATER)
+                result = _tried(kind, target, kinds.LATER, seconds)
                 shutil.rmtree(target)
                 _say(said, case=number, kind=name, peak_mb=(_status("VmHWM") - before) / 2**20, **result)
 
 
-def _tried(kind: Any, target: Path, later: list[Any]) -> dict[str, Any]:
+def _tried(kind: Any, target: Path, later: list[Any], seconds: float) -> dict[str, Any]:
     from gmn.errors import GmnError
 
     start, found, later[:] = time.process_time(), "", []
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         kind.use(target)
     except GmnError as error:
@@ -141,13 +142,31 @@ def _say(file: Any, **what: Any) -> None:
 # -- the process that watches ------------------------------------------------------------------------------------------
 
 
-def soak(names: Sequence[str], cases: int, seed: int = 0, first: int = 0) -> dict[str, Outcome]:
-    """Run so many cases of each kind, and return what came of them by kind."""
+def soak(
+    names: Sequence[str],
+    cases: int,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    folder: Path = Path(__file__).parent,
+    seconds: float = SECONDS,
+) -> dict[str, Outcome]:
+    """Run so many cases of each kind, and return what came of them by kind.
+
+    Args:
+        names: Kinds; they share a process until a case ends it.
+        cases: Of each.
+        seed: Of all changes.
+        first: Number of the first case.
+        folder: Where `kinds.py` lies.
+        seconds: Processor time for one case.
+    """
     outcomes, last = {name: Outcome(name) for name in names}, first + cases
+    options = ["--seed", str(seed), "--folder", str(folder), "--seconds", str(seconds)]
     waiting = [(list(names), first)]
     while waiting:
         together, start = waiting.pop()
-        ended = _watched(together, start, last, seed, outcomes) if together and start < last else None
+        ended = _watched(together, start, last, options, outcomes) if together and start < last else None
         if ended is not None:
             name, number = ended
             waiting += [(together[together.index(name) + 1 :], first), ([name], number + 1)]
@@ -155,10 +174,10 @@ def soak(names: Sequence[str], cases: int, seed: int = 0, first: int = 0) -> dic
 
 
 def _watched(
-    names: Sequence[str], first: int, last: int, seed: int, outcomes: dict[str, Outcome]
+    names: Sequence[str], first: int, last: int, options: Sequence[str], outcomes: dict[str, Outcome]
 ) -> tuple[str, int] | None:
     """The case that ended a process, if one did."""
-    command = [sys.executable, __file__, "--serve", "--seed", str(seed), "--first", str(first)]
+    command = [sys.executable, __file__, "--serve", *options, "--first", str(first)]
     command += ["--cases", str(last - first), *(part for name in names for part in ("--only", name))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -232,10 +251,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", help="a kind; may come again")
+    for name, kind in (("--folder", str), ("--seconds", float)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
-        serve(chosen.only, chosen.first, chosen.first + chosen.cases, chosen.seed)
+        last = chosen.first + chosen.cases
+        serve(chosen.only, chosen.first, last, chosen.seed, chosen.folder, chosen.seconds)
         return 0
     sys.path[:0] = [str(Path(__file__).parent)]
     from kinds import KINDS
@@ -243,7 +265,8 @@ def main() -> int:
     names = chosen.only or list(KINDS)
     outcomes: dict[str, Outcome] = {}
     for name in names:  # a process each: the peak is the kind's own
-        outcomes |= soak([name], chosen.cases, chosen.seed, chosen.first)
+        print(f"{name} ...", file=sys.stderr)
+        outcomes |= soak([name], chosen.cases, seed=chosen.seed, first=chosen.first)
     print(table(outcomes))
     for own in outcomes.values():
         for what, count in own.found.most_common():
