@@ -5,7 +5,7 @@ PYTEST_ARGS ?= -n 2
 PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test soak check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,9 @@ quickstart: .venv/.run ## install, then shrink a small network on handwritten di
 
 test: .venv/.test ## install with the test extras, then the whole test suite
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+soak: .venv/.test ## change thousands of files: each must be refused or valid; half an hour
+	OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/soak.py --cases 400
 
 check: .venv/.dev ## formatting, lint and types
 	.venv/bin/ruff format --check .

@@ -33,7 +33,9 @@ class GmnError(Exception):
             hint or "",
         ]
         details = "; ".join(part for part in parts if part)
-        super().__init__(f"{message}: {details}" if details else message)
+        text = f"{message}: {details}" if details else message
+        # one line without control characters, whatever a file had in it
+        super().__init__("".join(character if character.isprintable() else " " for character in text))
 
 
 class RecipeError(GmnError):

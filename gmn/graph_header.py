@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmn.errors import CheckpointError
 from gmn.graph import GraphSpec
+from gmn.names import printable
 from gmn.state_dict import UNREADABLE
 
 FORMAT, VERSION = "gmn.graph", "1"
@@ -102,7 +103,8 @@ def _header(meta: dict[str, str], path: Path) -> Header:
         field = ".".join(map(str, first["loc"])) or "header"
         expected, got = first["msg"].removeprefix("Input should be "), reprlib.repr(first["input"])
         raise CheckpointError(f"malformed graph file: {field}", expected=expected, got=got, where=str(path)) from None
-    if json.loads(text) != _ADAPTER.dump_python(header, mode="json"):  # pydantic passes over unknown fields
-        expected = "the fields of this version, no more and no less"
+    content = json.loads(text)
+    if content != _ADAPTER.dump_python(header, mode="json") or not printable(content):  # pydantic takes unknown fields
+        expected = "the fields of this version, no more and no less, printable texts"
         raise CheckpointError("malformed graph file: header", expected=expected, where=str(path))
     return header

@@ -28,6 +28,7 @@ from rich.errors import MarkupError
 from gmn.checkpoint import load_json, save_bytes, save_json, save_text
 from gmn.errors import MALFORMED, CheckpointError, GmnError
 from gmn.jsonl import append_line, read_lines
+from gmn.names import printable
 from gmn.permission import allow_code
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
@@ -143,17 +144,11 @@ def load_report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     if not path.is_file():
         raise CheckpointError("the run has no report yet", where=str(folder), hint="go on with it: gmn ... --resume")
-    report = load_json(path)
-    if not isinstance(report, dict) or not _printable(report):
-        raise CheckpointError("malformed report", expected="a mapping, printable texts", where=str(path))
+    with reading(path):
+        report = load_json(path)
+        if not isinstance(report, dict) or not printable(report):
+            raise CheckpointError("malformed report", expected="a mapping, printable texts", where=str(path))
     return report
-
-
-def _printable(content: object) -> bool:
-    """Whether a terminal can show all texts in some JSON."""
-    if isinstance(content, dict):
-        return _printable([*content, *content.values()])
-    return all(map(_printable, content)) if isinstance(content, list) else str(content).isprintable()
 
 
 @contextmanager
@@ -188,7 +183,7 @@ def _same(saved: Path, recipe: str) -> bool:
     """Whether two recipes say the same; an older gmn did not spell out what is new and has its default."""
     from gmn.recipe import dump_recipe, load_recipe
 
-    if saved.read_text(encoding="utf-8") == recipe:
+    if saved.read_bytes() == recipe.encode():
         return True
     try:
         with allow_code():  # it is compared, nothing else
@@ -198,6 +193,6 @@ def _same(saved: Path, recipe: str) -> bool:
 
 
 def _first_difference(path: Path, recipe: str) -> str:
-    old, new = path.read_text().splitlines(), recipe.splitlines()
+    old, new = path.read_text(encoding="utf-8", errors="replace").splitlines(), recipe.splitlines()
     pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
     return f"'{pairs[0][1].strip()}' instead of '{pairs[0][0].strip()}'" if pairs else "other sections"

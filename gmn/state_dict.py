@@ -7,6 +7,7 @@ torch.save    `weights_only`; every record stored, none compressed; first read w
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -60,22 +61,31 @@ def one_line(problem: Exception) -> str:
 
 
 def _unpickled(path: Path) -> Any:
-    size, fake = path.stat().st_size, contextlib.nullcontext()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-        if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > size:
-            raise ValueError("records that are compressed, or larger than the file")
-    else:  # the format before torch 1.6 makes room for the numbers that it claims
+    size = path.stat().st_size
+    with path.open("rb") as begin:
+        zipped = begin.read(4) == b"PK\x03\x04"  # as torch tells them apart
+    if zipped:
+        _check_records(path, size)
+        file, fake = path, contextlib.nullcontext()
+    else:  # the format before torch 1.6 makes room for texts and numbers of any length that it claims
         from torch._subclasses.fake_tensor import FakeTensorMode  # a second to import
 
-        fake = FakeTensorMode()
+        file, fake = io.BytesIO(path.read_bytes()), FakeTensorMode()
     with fake:
-        shapes = tree_leaves(torch.load(path, map_location="meta", weights_only=True))
+        shapes = tree_leaves(torch.load(file, map_location="meta", weights_only=True))
     storages = {s._cdata: s for s in (t.untyped_storage() for t in shapes if isinstance(t, Tensor))}
     if (claimed := sum(storage.nbytes() for storage in storages.values())) > size:
         raise ValueError(f"tensors of {claimed:,} bytes in a file of {size:,}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_records(path: Path, size: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > size:
+        raise ValueError("records that are compressed, or larger than the file")
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
