@@ -73,8 +73,7 @@ def serve(names: Sequence[str], first: int, last: int, seed: int, folder: str, s
     signal.signal(signal.SIGPROF, _time_up)
     limit = _status("VmSize") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    fast = "/dev/shm" if Path("/dev/shm").is_dir() else None  # zoos are flushed to disk
-    with tempfile.TemporaryDirectory(dir=fast) as place:
+    with tempfile.TemporaryDirectory() as place:
         for name in names:
             kind, whole = kinds.KINDS[name], Path(place, "whole", name)
             whole.mkdir(parents=True)
@@ -181,7 +180,13 @@ def _watched(
     """The case that ended a process, if one did."""
     command = [sys.executable, __file__, "--serve", *options, "--first", str(first)]
     command += ["--cases", str(last - first), *(part for name in names for part in ("--only", name))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    fast = "/dev/shm" if Path("/dev/shm").is_dir() else None  # zoos are flushed to disk
+    with tempfile.TemporaryDirectory(dir=fast) as place:  # ours: a process that is killed leaves its files
+        return _heard(command, {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": place}, outcomes)
+
+
+def _heard(command: Sequence[str], environment: dict[str, str], outcomes: dict[str, Outcome]) -> tuple[str, int] | None:
+    """Count what a process says; the case that ended it, if one did."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
