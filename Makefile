@@ -16,8 +16,9 @@ quickstart: .venv/.run ## install, then shrink a small network on handwritten di
 test: .venv/.test ## install with the test extras, then the whole test suite
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
 
-soak: .venv/.test ## the long tests: runs that are killed again and again (minutes)
+soak: .venv/.test ## the long tests: runs that are killed again and again, thousands of changed files; an hour
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/soak.py --cases 400
 
 check: .venv/.dev ## formatting, lint and types
 	.venv/bin/ruff format --check .

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gmn.groups import KeepMask, couplings
     from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
     from gmn.networks import build_network, load_weights
+    from gmn.permission import allow_code
     from gmn.rules import Call, Converter, register_converter, register_function
     from gmn.scores import Score, register_criterion
     from gmn.settings import Criterion, Fit, Prune, Ranking
@@ -62,6 +63,7 @@ __all__ = [
     "Voters",
     "WeightMask",
     "Zoo",
+    "allow_code",
     "build_network",
     "cost",
     "couplings",
@@ -112,6 +114,7 @@ _HOMES = {
     "Voters": "gmn.api",
     "WeightMask": "gmn.weight_masks",
     "Zoo": "gmn.zoo",
+    "allow_code": "gmn.permission",
     "build_network": "gmn.networks",
     "cost": "gmn.costs",
     "couplings": "gmn.groups",

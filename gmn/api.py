@@ -17,6 +17,7 @@ from gmn.convert import to_graph, to_model
 from gmn.costs import Cost, cost
 from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
+from gmn.example import stated_size
 from gmn.gradients import gradients_for
 from gmn.metanetwork import MetaNetwork
 from gmn.neighbours import ranking
@@ -82,7 +83,7 @@ def load(path: str | Path) -> Meta | Voters:
     """What a run learnt: the metanetwork of a run folder or of a file, or a zoo that votes.
 
     Raises:
-        CheckpointError: if there is neither.
+        CheckpointError: if there is neither; if a zoo's network wants to run code outside of `gmn.allow_code()`.
     """
     zoo = zoo_path(Path(path))
     return load_voters(zoo) if zoo else load_meta(Path(path))
@@ -100,8 +101,10 @@ def load_voters(folder: Path) -> Voters:
     if not isinstance(zoo.about.get("ratio"), float):
         raise CheckpointError("the zoo does not say its ratio", expected="how much was pruned", where=str(folder))
     model = load_network(folder)
-    example = torch.zeros(1, *load_json(folder / NETWORK / "model.json")["input_shape"])
-    backbone = Backbone.of(model, example, only_inside=zoo.about.get("pruner") == "heads")
+    path = folder / NETWORK / "model.json"
+    if (size := stated_size(load_json(path), str(path))) is None:
+        raise CheckpointError("the network does not say the size of its input", where=str(path))
+    backbone = Backbone.of(model, torch.zeros(1, *size), only_inside=zoo.about.get("pruner") == "heads")
     return Voters(Zoo.open(folder, backbone.about()), backbone)
 
 

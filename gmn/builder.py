@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,10 @@ class Layout:
 
     columns: tuple[str, ...]
     defaults: tuple[float, ...]
-    kernels: str = "per-size"
-    identities: str = "diagonal"
+    kernels: Literal["per-size", "padded"] = "per-size"
+    identities: Literal["diagonal", "dense"] = "diagonal"
     bias_column: str = "bias"
-    norms: str = "layer"
+    norms: Literal["layer", "stream"] = "layer"
 
 
 @dataclass

@@ -7,30 +7,38 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gmn.builder import Layout
 from gmn.distributed import leader_writes
-from gmn.errors import CheckpointError, GmnError
+from gmn.errors import MALFORMED, CheckpointError, GmnError
 from gmn.heads import head_counts, restore_heads
 from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
-from gmn.networks import build_network
+from gmn.networks import build_network, without_fetching
+from gmn.permission import refuse_code
 from gmn.processes import temporary_name
 from gmn.progress import say
+from gmn.room import Room
+from gmn.state_dict import UNREADABLE, one_line
 from gmn.surgery import resize
+
+Stated = TypeVar("Stated", MetaNetworkConfig, Layout)
 
 WEIGHTS = "weights.safetensors"
 # of model.json, beside what was measured
 ABOUT_MODELS = ("network", "format", "heads", "input_shape", "weights_sha256")
 FORMAT = 1  # raised when a reader of older files would misread newer ones
+LARGEST_JSON = 100_000_000  # bytes
 
 
 @leader_writes
@@ -99,12 +107,15 @@ def save_bytes(path: Path, content: bytes) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read JSON; CheckpointError if the file is missing or torn."""
+    """Read JSON; CheckpointError if the file is missing, too large or torn."""
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            expected, got = f"{LARGEST_JSON:,} bytes at most", f"{size:,}"
+            raise CheckpointError("the file is too large", expected=expected, got=got, where=str(path))
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError("no such file", got=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError("not a JSON file", got=str(error), where=str(path)) from error
 
 
@@ -143,9 +154,9 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("gmn", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError("cannot read the file", got=str(error).split("\n")[0], where=str(path)) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    except UNREADABLE as error:
+        raise CheckpointError("cannot read the file", got=one_line(error), where=str(path)) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT or "content" not in header:
         raise CheckpointError("not a gmn file of this version", expected=f"format {FORMAT}", where=str(path))
     stated, meta = header.get("sha256"), header.get("content")
     if stated is not None and stated != (found := checksum(tensors, meta)):
@@ -200,15 +211,33 @@ def save_metanetwork(path: Path, metanetwork: MetaNetwork, layout: Layout, **mor
 def load_metanetwork(path: Path) -> tuple[MetaNetwork, Layout, dict[str, Tensor]]:
     """A metanetwork in eval mode, its layout, and all tensors of the file."""
     tensors, meta = load_tensors(path)
+    prefix = "metanetwork."
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:
-        metanetwork = MetaNetwork(MetaNetworkConfig(**meta["metanetwork"]))
-        layout = meta["layout"]
-        layout = Layout(**{**layout, "columns": tuple(layout["columns"]), "defaults": tuple(layout["defaults"])})
-        prefix = "metanetwork."
-        metanetwork.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise CheckpointError("not a saved metanetwork", got=str(error).split("\n")[0], where=str(path)) from error
+        config, layout = _stated(MetaNetworkConfig, meta["metanetwork"]), _stated(Layout, meta["layout"])
+        if not len(layout.columns) == len(layout.defaults) == config.node_features:
+            raise ValueError(f"{len(layout.columns)} columns, {len(layout.defaults)} defaults")
+        with Room(_bytes(own), str(path)):
+            metanetwork = MetaNetwork(config)
+        metanetwork.load_state_dict(own)
+    except MALFORMED as error:
+        raise CheckpointError("not a saved metanetwork", got=one_line(error), where=str(path)) from error
     return metanetwork.eval(), layout, tensors
+
+
+def _stated(kind: type[Stated], content: dict[str, Any]) -> Stated:
+    """A dataclass from what a file says, every field of its type and finite; ValueError otherwise."""
+    if unknown := content.keys() - {known.name for known in dataclasses.fields(kind)}:
+        raise ValueError(f"unknown fields {reprlib.repr(sorted(unknown))}")
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(content, allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -252,21 +281,26 @@ def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def load_model(folder: str | Path) -> nn.Module:
     """A saved network in eval mode: built by name, cut to the sizes of its weights, filled with them.
 
+    A function that the file names, `package.module:function`, is refused outside of `gmn.allow_code()`.
+
     Raises:
-        CheckpointError: if a file is missing, torn, or does not fit the network.
+        CheckpointError: if a file is missing, torn, or does not fit the network; if code is not allowed.
     """
     folder = Path(folder)
     content, tensors = _saved(folder)
     try:
         network = dict(content["network"])
-        options = {k: v for k, v in network.pop("options", {}).items() if k not in ("weights", "pretrained")}
-        with torch.random.fork_rng(devices=[]):
+        refuse_code(network.get("name"), "network.name", str(folder / "model.json"), CheckpointError)
+        options = without_fetching(network.pop("options", {}))
+        with torch.random.fork_rng(devices=[]), Room(_bytes(tensors), str(folder)):
             model = build_network(**network, options=options)
         resize(model, {name: tensor.shape for name, tensor in tensors.items()}).load_state_dict(tensors)
         restore_heads(model, dict(content.get("heads", {})))
-    except (KeyError, TypeError, RuntimeError) as error:
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
+    except MALFORMED as error:
+        message = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"
         raise CheckpointError("the saved network cannot be rebuilt", got=message, where=str(folder)) from error
+    except CheckpointError:
+        raise
     except GmnError as error:
         raise CheckpointError("the saved network cannot be rebuilt", got=str(error), where=str(folder)) from error
     return model.eval()

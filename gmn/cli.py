@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from gmn.cli_bench import bench_app
 from gmn.cli_options import (
+    AllowCodeOption,
     BuilderOption,
     ClassesOption,
     InputOption,
@@ -86,6 +87,7 @@ def meta_train(
     ] = None,
     cpus: Annotated[float | None, typer.Option("--cpus-per-task", help="Of the cluster. Default: 1")] = None,
     gpus: Annotated[float | None, typer.Option("--gpus-per-task", help="A share is fine. Default: 0")] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Learn a metanetwork from data models, or several, or a zoo; then prune with it and without it, and compare."""
     from gmn import distributed, pipeline, report  # torch takes seconds to import: not for --help
@@ -116,6 +118,7 @@ def prune(
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Prune the recipe's network with what was learnt in another run."""
     from gmn import distributed, pipeline, report
@@ -133,10 +136,11 @@ def prune(
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Show the table of a finished run and draw its plots."""
     from gmn import report as reports
-    from gmn.run import load_report, open_run
+    from gmn.run import load_report, open_run, reading
 
     folder = open_run(run)
-    reports.show(load_report(folder), folder)
+    with reading(folder):
+        reports.show(load_report(folder), folder)
 
 
 @app.command(epilog="Examples:  gmn cost runs/quickstart   |   gmn cost runs/quickstart --networks 1,10 -o cost.json")
@@ -163,6 +167,7 @@ def curve(
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many validation images a point.")] = 2000,
     drop: Annotated[float, typer.Option("--drop", min=0, help="Accuracy lost at the turning point.")] = 0.02,
     finetune_images: FinetuneOption = 0,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Draw accuracy against speed-up, without fine-tuning, for some checkpoints of a run."""
     from gmn import curve_cli
@@ -177,6 +182,7 @@ def select(
     min_accuracy: Annotated[float, typer.Option("--min-accuracy", help="Validation accuracy before pruning.")],
     finetune_images: FinetuneOption = 10_000,
     use: Annotated[bool, typer.Option("--use", help="Make it the run's metanetwork.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Find the last checkpoint that keeps networks accurate, by binary search; later ones make them easier to prune."""
     from gmn import curve_cli
@@ -201,6 +207,7 @@ def inspect(
     network: NetworkOption = None,
     draw: Annotated[Path | None, typer.Option("--draw", help="Draw the graph into this picture.")] = None,
     groups: Annotated[bool, typer.Option("--groups/--no-groups", help="The table of coupled channels.")] = True,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Show what of a network is in its graph, and which channels belong together."""
     from gmn import convert_cli, subject
@@ -220,6 +227,7 @@ def convert(
     weights: WeightsOption = None,
     network: NetworkOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Write a network's graph to a file; or a graph file's network to a state dict."""
     from gmn import convert_cli, subject
@@ -247,6 +255,7 @@ def export(
     options: BuilderOption = None,
     weights: WeightsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Write a network for other programs, each file opened again and compared: safetensors, torch.export, ONNX."""
     from gmn import export_cli, subject
@@ -256,7 +265,9 @@ def export(
 
 
 @app.command(epilog="Example:  gmn join runs/graph-mask-voting   (while gmn meta-train works on it elsewhere)")
-def join(run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")]) -> None:
+def join(
+    run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")], allow_code: AllowCodeOption = False
+) -> None:
     """Share the work of a vote run that is under way: tasks of its zoo, then its comparison from the end."""
     from gmn import pipeline
 
@@ -274,6 +285,7 @@ def study(
     targets: Annotated[int, typer.Option("--targets", min=1, help="At most so many tasks are averaged over.")] = 12,
     neighbours: Annotated[str, typer.Option("--neighbours", help="Numbers of neighbours.")] = "1,3,5,10",
     iterations: Annotated[str | None, typer.Option("--iterations", help="Numbers of steps.")] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Study a finished vote run: what similar tasks share, and how the vote's accuracy depends on its settings."""
     from gmn import study_cli

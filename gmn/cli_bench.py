@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gmn.cli_options import BuilderOption, ClassesOption, InputOption, numbers, words
+from gmn.cli_options import AllowCodeOption, BuilderOption, ClassesOption, InputOption, numbers, words
 
 bench_app = typer.Typer(no_args_is_help=True, help="Try gmn on many networks.")
 BENCH = "Example:  gmn bench convert --suite timm --only swin   (results are kept: call it again to go on)"
@@ -62,6 +62,7 @@ def bench_latency(
     classes: ClassesOption = None,
     options: BuilderOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Time networks side by side: speed-up in FLOPs against speed-up in time on this device."""
     from gmn import bench_latency as bench

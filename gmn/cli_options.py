@@ -26,6 +26,18 @@ NetworkOption = Annotated[
 ]
 
 
+def _allow(context: typer.Context, allowed: bool) -> None:
+    if allowed and not context.resilient_parsing:
+        from gmn.permission import allow_code
+
+        context.with_resource(allow_code())
+
+
+AllowCodeOption = Annotated[
+    bool, typer.Option("--allow-code", callback=_allow, help="Let files name functions (pkg.mod:function) to call.")
+]
+
+
 def numbers(option: str, text: str | None, *, least: int = 1) -> list[int]:
     """Whole numbers, `least` or above, out of a text with commas, in order; none of None.
 

@@ -12,9 +12,10 @@ from gmn.checkpoint import save_json
 from gmn.cli_options import numbers
 from gmn.convert_cli import wide_console
 from gmn.errors import CheckpointError
+from gmn.permission import allow_code
 from gmn.recipe import load_recipe
 from gmn.report import row_title
-from gmn.run import open_run
+from gmn.run import open_run, reading
 from gmn.run_cost import account
 from gmn.settings import Recipe
 
@@ -29,13 +30,16 @@ CAPTION = (
 
 def cost(run: Path, *, networks: str, output: Path | None) -> None:
     """Print what a run cost; write JSON if a path is given."""
-    recipe = load_recipe(open_run(run) / "recipe.yaml")
+    with allow_code():  # for its name and labels only
+        recipe = load_recipe(open_run(run) / "recipe.yaml")
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
         raise CheckpointError("the run has no metanetwork", expected=expected, got=str(run))
-    content = {"recipe": recipe.name, **account(run, numbers("--networks", networks), recipe.report.metanetworks)}
-    console = wide_console()
-    for table in (*learning(content), pruning(content), even(content)):
+    counts, console = numbers("--networks", networks), wide_console()
+    with reading(run / "metrics.jsonl"):
+        content = {"recipe": recipe.name, **account(run, counts, recipe.report.metanetworks)}
+        tables = [*learning(content), pruning(content), even(content)]
+    for table in tables:
         console.print(table or "no row without a metanetwork takes longer for a network: there is no break-even")
     if output is not None:
         save_json(output, content)

@@ -16,6 +16,7 @@ from gmn.cli_options import numbers
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.pipeline import reopened_metanetwork
+from gmn.run import reading
 
 
 def curve(run: Path, *, checkpoints: str | None, points: int, images: int, drop: float, finetune_images: int) -> None:
@@ -58,7 +59,8 @@ def _show_probes(job: MetaJob, probes: Sequence[checkpoint_search.Probe], finetu
 def _usual(job: MetaJob) -> list[int]:
     """No metanetwork, the checkpoint that was best when pruned, and the last one."""
     known = job.checkpoints()
-    scores = {entry["epoch"]: entry["validation_accuracy"] for entry in job.run.events("select")}
+    with reading(job.run.folder / "metrics.jsonl"):
+        scores = {entry["epoch"]: float(entry["validation_accuracy"]) for entry in job.run.events("select")}
     best = [max(known, key=lambda epoch: scores[epoch])] if known and all(epoch in scores for epoch in known) else []
     return sorted({0, *best, *known[-1:]})
 

@@ -33,7 +33,9 @@ class GmnError(Exception):
             hint or "",
         ]
         details = "; ".join(part for part in parts if part)
-        super().__init__(f"{message}: {details}" if details else message)
+        text = f"{message}: {details}" if details else message
+        # one line without control characters, whatever a file had in it
+        super().__init__("".join(character if character.isprintable() else " " for character in text))
 
 
 class RecipeError(GmnError):
@@ -62,3 +64,7 @@ class TrainingError(GmnError):
 
 class CheckpointError(GmnError):
     """A saved file that is missing, torn or of another kind."""
+
+
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What code raises that meets content of another form than it expects, such as that of a file."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gmn.errors import NetworkError
+from gmn.errors import CheckpointError, NetworkError
 
 SIZES: dict[str, tuple[int, ...]] = {
     "gmn.cifar": (3, 32, 32),
@@ -63,6 +65,23 @@ def parse_size(text: str) -> tuple[int, ...]:
     if len(size) != len(parts) or torch.Size(size).numel() > LARGEST:
         raise NetworkError("bad input size", expected="numbers such as 3,224,224", got=repr(text), where="--input")
     return size
+
+
+def stated_size(content: Any, where: str) -> tuple[int, ...] | None:
+    """The size of an input that a `model.json` states, None if it states none; CheckpointError if it is malformed.
+
+    >>> stated_size({"input_shape": [3, 32, 32]}, "model.json")
+    (3, 32, 32)
+    """
+    size = content.get("input_shape") if isinstance(content, dict) else None
+    if size is None:
+        return None
+    sound = isinstance(size, list) and len(size) <= 8 and all(type(n) is int and n > 0 for n in size)
+    if not sound or math.prod(size) > LARGEST:
+        raise CheckpointError(
+            "malformed input_shape", expected="such as [3, 224, 224]", got=reprlib.repr(size), where=where
+        )
+    return tuple(size)
 
 
 def _sample(size: tuple[int, ...]) -> Tensor:

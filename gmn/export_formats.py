@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from gmn.batches import batched, tensors_in
 from gmn.checkpoint import load_model, save_model
+from gmn.permission import allow_code
 from gmn.trace import split_inputs
 
 Run = Callable[[Any], list[Tensor]]  # from inputs to the tensors of the outputs
@@ -101,6 +102,11 @@ def _write_safetensors(ready: Ready, folder: Path) -> None:
     save_model(folder, ready.model, ready.network or {}, **ready.facts)
 
 
+def _open_safetensors(folder: Path) -> Run:
+    with allow_code():  # we have just written it, and the caller said how the network is built
+        return runner(load_model(folder))
+
+
 def _write_pt2(ready: Ready, folder: Path) -> None:
     torch.export.save(ready.program, folder / "model.pt2")
 
@@ -140,9 +146,7 @@ def _open_onnx(folder: Path) -> Run:
 
 
 FORMATS = {
-    "safetensors": Format(
-        ("weights.safetensors", "model.json"), _write_safetensors, lambda folder: runner(load_model(folder))
-    ),
+    "safetensors": Format(("weights.safetensors", "model.json"), _write_safetensors, _open_safetensors),
     "pt2": Format(("model.pt2",), _write_pt2, _open_pt2),
     "onnx": Format(("model.onnx", "model.onnx.data"), _write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime")),
 }

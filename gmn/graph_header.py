@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gmn.errors import CheckpointError
 from gmn.graph import GraphSpec
-from gmn.networks import UNREADABLE
+from gmn.names import printable
+from gmn.state_dict import UNREADABLE
 
 FORMAT, VERSION = "gmn.graph", "1"
 LARGEST = 50_000_000  # bytes of JSON; safetensors reads no header above 100 MB, in which each quote takes two
@@ -92,7 +93,9 @@ def _header(meta: dict[str, str], path: Path) -> Header:
     if meta.get("version") != VERSION:
         got = reprlib.repr(meta.get("version"))
         raise CheckpointError("a graph file of another version", expected=VERSION, got=got, where=str(path))
-    text = meta.get("header", "")
+    if len(text := meta.get("header", "")) > LARGEST:
+        expected, got = f"{LARGEST:,} characters at most", f"{len(text):,}"
+        raise CheckpointError("the graph's structure is too large", expected=expected, got=got, where=str(path))
     try:
         header = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
@@ -100,7 +103,8 @@ def _header(meta: dict[str, str], path: Path) -> Header:
         field = ".".join(map(str, first["loc"])) or "header"
         expected, got = first["msg"].removeprefix("Input should be "), reprlib.repr(first["input"])
         raise CheckpointError(f"malformed graph file: {field}", expected=expected, got=got, where=str(path)) from None
-    if json.loads(text) != _ADAPTER.dump_python(header, mode="json"):  # pydantic passes over unknown fields
-        expected = "the fields of this version, no more and no less"
+    content = json.loads(text)
+    if content != _ADAPTER.dump_python(header, mode="json") or not printable(content):  # pydantic takes unknown fields
+        expected = "the fields of this version, no more and no less, printable texts"
         raise CheckpointError("malformed graph file: header", expected=expected, where=str(path))
     return header

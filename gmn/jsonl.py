@@ -40,7 +40,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the line a killed process was writing
         if isinstance(entry, dict):
             yield entry

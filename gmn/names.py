@@ -60,3 +60,14 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
         return dict(arguments)
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {key: value for key, value in arguments.items() if key in names}
+
+
+def printable(content: object) -> bool:
+    """Whether a terminal can show all texts in some JSON: none has control characters.
+
+    >>> printable({"a": ["b"]}), printable(["\\x1b[2J"])
+    (True, False)
+    """
+    if isinstance(content, dict):
+        return all(map(printable, [*content, *content.values()]))
+    return all(map(printable, content)) if isinstance(content, list) else str(content).isprintable()

@@ -11,11 +11,10 @@ from torch import nn
 
 from gmn.checkpoint import load_json
 from gmn.errors import CheckpointError, GmnError
-from gmn.networks import build_network
+from gmn.networks import build_network, without_fetching
+from gmn.permission import refuse_code
+from gmn.room import Room
 from gmn.surgery import resize, shapes
-
-FETCHING = ("weights", "weights_backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
-"""Options that only load weights: the weights are in the file, and a file must not make anyone read another."""
 
 
 class Source(BaseModel):
@@ -35,11 +34,9 @@ class Source(BaseModel):
         Raises:
             GmnError: if it cannot be built, or the sizes are of another network.
         """
-        options = {key: value for key, value in self.options.items() if key not in FETCHING}
+        own = {"num_classes": self.num_classes, "in_channels": self.in_channels}
         with torch.random.fork_rng(devices=[]):
-            model = build_network(
-                self.network, num_classes=self.num_classes, in_channels=self.in_channels, options=options
-            )
+            model = build_network(self.network, **own, options=without_fetching(self.options))
         if self.sizes is None:
             return model.eval()
         try:
@@ -51,7 +48,7 @@ class Source(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The source as a graph file keeps it."""
         content = self.model_dump(exclude_none=True)
-        return content | {"options": {k: v for k, v in self.options.items() if k not in FETCHING}}
+        return content | {"options": without_fetching(self.options)}
 
 
 def source_of_folder(folder: Path, model: nn.Module) -> Source:
@@ -61,16 +58,15 @@ def source_of_folder(folder: Path, model: nn.Module) -> Source:
     return parse_source(renamed | {"sizes": shapes(model)}, str(folder))
 
 
-def parse_source(content: dict[str, Any] | None, where: str, *, trusted: str | None = None) -> Source:
+def parse_source(content: dict[str, Any] | None, where: str) -> Source:
     """The source that a file states.
 
     Args:
         content: What `read_source` gives.
         where: The file, for errors.
-        trusted: The function `package.module:function` that may be called, if the file names it.
 
     Raises:
-        CheckpointError: if there is no source, it is malformed, or it names a function that is not trusted.
+        CheckpointError: if there is no source, it is malformed, or it names a function that nobody allowed.
     """
     if content is None:
         hint = "say how it was built with --network"
@@ -81,17 +77,16 @@ def parse_source(content: dict[str, Any] | None, where: str, *, trusted: str | N
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, ("source", *first["loc"])))
         raise CheckpointError(f"malformed {field}", expected=first["msg"], where=where) from None
-    if ":" in source.network and source.network != trusted:  # a file of numbers must not run code of its choice
-        raise CheckpointError(
-            "the file names a function to call", got=source.network, where=where,
-            hint=f"if you trust it, pass --network {source.network}",
-        )  # fmt: skip
+    refuse_code(source.network, "source.network", where, CheckpointError)
     return source
 
 
-def rebuild(source: Source, where: str) -> nn.Module:
-    """The network of a file; CheckpointError if it cannot be built."""
+def rebuild(source: Source, where: str, size: int) -> nn.Module:
+    """The network of a file of so many bytes; CheckpointError if it cannot be built, or is far larger."""
     try:
-        return source.build()
+        with Room(size, where):
+            return source.build()
+    except CheckpointError:
+        raise
     except GmnError as error:
         raise CheckpointError("the network of the file cannot be built", got=str(error), where=where) from error

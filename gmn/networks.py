@@ -7,23 +7,25 @@ function of one's own, `package.module:function`.
 from __future__ import annotations
 
 import inspect
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from gmn.cifar import VGG_STAGES, CifarResNet, CifarVGG
-from gmn.errors import CheckpointError, NetworkError
+from gmn.errors import GmnError, NetworkError
 from gmn.names import accepted, import_function, nearest
+from gmn.state_dict import one_line, read_state_dict
 
 CIFAR_RESNETS = (8, 14, 20, 32, 44, 56, 110)
 """The depths proposed when a name is unknown; any depth 6n + 2 can be built."""
+
+UNSAFE = ("pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Options of timm that name files, to unpickle or to write; so does `pretrained_cfg` if it is no tag."""
+FETCHING = ("weights", "weights_backbone", "pretrained", "pretrained_cfg", *UNSAFE)
+"""Options that only load weights."""
 
 
 def build_network(
@@ -46,8 +48,10 @@ def build_network(
     constructor, arguments = _constructor(name, num_classes, in_channels)
     try:
         model = constructor(**{**arguments, **(options or {})})
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, ImportError) as problem:
-        raise NetworkError("cannot build the network", got=_line(problem), where=name) from problem
+    except GmnError:
+        raise
+    except Exception as problem:  # whatever a library raises for options that it does not check
+        raise NetworkError("cannot build the network", got=one_line(problem), where=name) from problem
     if not isinstance(model, nn.Module):
         raise NetworkError("not a network", expected="an nn.Module", got=type(model).__name__, where=name)
     return model
@@ -104,13 +108,31 @@ def _timm(name: str, member: str) -> Callable[..., nn.Module]:
 
     if not timm.is_model(member):
         raise _unknown(name, _timm_names())
-    return lambda **options: timm.create_model(member, **{"pretrained": False, **options})
+
+    def create(**options: Any) -> nn.Module:
+        unsafe = [key for key in UNSAFE if key in options]
+        unsafe += [] if isinstance(options.get("pretrained_cfg", ""), str) else ["pretrained_cfg"]
+        if unsafe:
+            hint = "give weights in network.weights, with --weights, or to gmn.load_weights"
+            raise NetworkError("options that read files past gmn", got=", ".join(unsafe), where=name, hint=hint)
+        return timm.create_model(member, **{"pretrained": False, **options})
+
+    return create
 
 
 def _timm_names() -> list[str]:
     import timm
 
     return [f"timm.{name}" for name in timm.list_models()]
+
+
+def without_fetching(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a file may state: its weights lie beside them, and it must not make anyone read others.
+
+    >>> without_fetching({"width": 8, "pretrained": True})
+    {'width': 8}
+    """
+    return {key: value for key, value in options.items() if key not in FETCHING}
 
 
 def _unknown(name: str, valid: list[str]) -> NetworkError:
@@ -124,56 +146,17 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fill the model with the weights of a file, in place; nothing changes when they do not fit.
 
     Args:
-        path: `.safetensors`, or anything `torch.load(weights_only=True)` reads: a state dict, plain or
-            under the key `state_dict` or `model`, with or without the `module.` of data parallelism.
+        path: What `gmn.state_dict.read_state_dict` reads.
 
     Raises CheckpointError for the file, NetworkError for weights that do not fit or are not finite.
     """
     path = Path(path)
-    state = _state_dict(_read(path), path)
+    state = read_state_dict(path)
     _check_names(model.state_dict(), state, path)
     for name, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise NetworkError("weights are not finite", got="NaN or infinity", where=f"{name!r} of {path}")
     model.load_state_dict(state, strict=False)  # names and shapes are checked above
-
-
-# what safetensors and the unpickler raise on torn or foreign bytes
-UNREADABLE = (
-    safetensors.SafetensorError,
-    pickle.UnpicklingError,
-    *(RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
-)
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError("no such file of weights", got=str(path))
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as problem:
-        raise CheckpointError(
-            "cannot read the weights", got=_line(problem), where=str(path),
-            hint="expected a safetensors file or a saved state dict, not a pickled model",
-        ) from problem  # fmt: skip
-
-
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(
-            "not a state dict", expected="names and tensors", got=type(content).__name__, where=str(path)
-        )
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise CheckpointError("not a state dict", expected="tensors", got=f"{kind} at {name!r}", where=str(path))
-    prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): value for name, value in content.items()}
 
 
 def _check_names(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], path: Path) -> None:
@@ -196,8 +179,3 @@ def _check_names(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], path
 
 def _first(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def _line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__

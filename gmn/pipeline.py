@@ -21,8 +21,9 @@ from gmn.errors import RecipeError
 from gmn.learnt import METANETWORK, adopt
 from gmn.matrix import Matrix
 from gmn.meta_job import MetaJob
+from gmn.permission import allow_code
 from gmn.recipe import AnyRecipe, dump_recipe, load_recipe
-from gmn.run import Run, open_run
+from gmn.run import Run, open_run, reading
 from gmn.settings import Recipe
 from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
@@ -45,7 +46,8 @@ def meta_train(
     Everything finished is kept in the run folder, so that `resume` goes on where a run stopped. The tasks of a zoo are
     pruned by `engine`.
     """
-    with Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite) as run:
+    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
+    with run, allow_code(only=_named_by(recipe)):  # what the run saves names it too
         if isinstance(recipe, MatrixRecipe):
             return Matrix(recipe, run).report()
         return _learn_votes(recipe, run, engine) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
@@ -69,7 +71,8 @@ def prune_recipe(
     if (zoo or overwrite) and path.resolve().is_relative_to(folder.resolve()):
         hint = "give another with --run"
         raise RecipeError("the run folder is the one that was learnt in", got=str(folder), hint=hint)
-    with Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite) as run:
+    run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
+    with run, allow_code(only=_named_by(recipe)):  # what the run saves names it too
         if isinstance(recipe, VoteRecipe):
             return _prune_with_votes(recipe, run, path)
         metanetwork, layout, _ = load_metanetwork(path)
@@ -93,8 +96,8 @@ def reopened(folder: Path) -> VoteJob:
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, VoteRecipe):
         raise RecipeError("the run has no zoo", expected="a run of a recipe with `method: vote`", got=str(folder))
-    if (folder / VOTERS).is_file():
-        hint = f"its voters are in {load_json(folder / VOTERS)['zoo']}"
+    if found := voters(folder):
+        hint = f"its voters are in {found[0]}"
         raise RecipeError("the run has no zoo", expected="a run of gmn meta-train", got=str(folder), hint=hint)
     return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True, shared=True))
 
@@ -106,6 +109,12 @@ def reopened_metanetwork(folder: Path) -> MetaJob:
         expected = "a run of a recipe with `method: metanetwork`"
         raise RecipeError("the run has no metanetwork", expected=expected, got=str(folder))
     return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
+
+
+def _named_by(recipe: AnyRecipe) -> list[str]:
+    """The names of the recipe's networks."""
+    of = recipe.entries.values() if isinstance(recipe, MatrixRecipe) else [recipe]
+    return [own.network.name for own in of]
 
 
 def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:
@@ -127,10 +136,25 @@ def _prune_with_votes(recipe: VoteRecipe, run: Run, zoo: Path) -> Report:
     if stated := Zoo.open(zoo).about.get("network"):
         check_same("the zoo is of another network than the recipe's", own, stated, zoo)
     job = VoteJob(recipe, run, zoo)
-    digest = hashlib.sha256((zoo / NETWORK / "weights.safetensors").read_bytes()).hexdigest()
-    mine = run.folder / VOTERS
-    if not mine.is_file():
-        save_json(mine, {"zoo": str(zoo), "network_sha256": digest})
-    elif load_json(mine)["network_sha256"] != digest:
+    found = voters(run.folder)
+    if found is None:
+        save_json(run.folder / VOTERS, {"zoo": str(zoo), "network_sha256": digest(zoo)})
+    elif found[1] != digest(zoo):
         raise RecipeError("cannot resume with another zoo", got=str(zoo), hint="start anew with --overwrite")
     return compare_votes(job)
+
+
+def voters(folder: Path) -> tuple[Path, str] | None:
+    """Where the zoo lies that a run pruned with, and the digest of its network; None if it has one of its own."""
+    path = folder / VOTERS
+    if not path.is_file():
+        return None
+    with reading(path):
+        content = load_json(path)
+        return Path(content["zoo"]), str(content["network_sha256"])
+
+
+def digest(zoo: Path) -> str | None:
+    """The SHA-256 of the weights of a zoo's network; None if they are not there."""
+    path = zoo / NETWORK / "weights.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gmn.errors import RecipeError
-from gmn.recipe_yaml import Dumper, Key, Places, dotted_key, inside, parse
+from gmn.permission import NAMES_CODE, refuse_code
+from gmn.recipe_yaml import MOST_BYTES, Dumper, Key, Places, dotted_key, inside, parse
 from gmn.settings import Recipe
 from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
@@ -46,36 +47,42 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe from a file, or a built-in one by its name.
 
     A file of that name goes before a built-in recipe. Relative paths inside a recipe stay as
-    they are written: they count from the directory that gmn is started in.
+    they are written: they count from the directory that gmn is started in. Functions that a file names,
+    `package.module:function`, are refused outside of `gmn.allow_code()`; those of an override are the caller's own.
 
     Args:
         source: A path, or a name out of `builtin_recipes()`.
         overrides: Strings such as `"meta_train.epochs=3"`; the value is read as YAML.
 
     Raises:
-        RecipeError: On anything wrong, with file and line.
+        RecipeError: On anything wrong, with file and line; also on a function to call that is not allowed.
 
     >>> load_recipe("quickstart", ["seed=25"]).seed
     25
     """
     content, places, stem = _read(str(source))
     entries = [override for override in overrides if _ENTRIES.match(override)]
-    for override in entries:
+    for override in entries:  # these name files, which are not the caller's own words
         _override(content, places, override)
     if content.get("method") == "matrix":
         _write_out(content, places)
+    callers: list[Key] = []
     for override in overrides:
         if override not in entries:
-            _override(content, places, override)
+            callers += _override(content, places, override)
     content.setdefault("name", stem)
     kind = METHODS.get(method) if isinstance(method := content.get("method", "metanetwork"), str) else None
     if kind is None:
         expected, where = f"one of {', '.join(METHODS)}", places[("method",)]
         raise RecipeError("unknown method", expected=expected, got=reprlib.repr(method), where=where)
     try:
-        return kind.model_validate(content)
+        recipe = kind.model_validate(content)
     except ValidationError as error:
         raise _explain(error.errors(), places, kind) from None
+    for key, name in _functions(recipe):
+        if not any(key[: len(own)] == own for own in callers):
+            refuse_code(name, dotted_key(key), _place(key, places), RecipeError)
+    return recipe
 
 
 def builtin_recipes() -> list[str]:
@@ -118,6 +125,19 @@ def read_value(text: str, shown: str) -> Any:
     return parse(text, shown)[0]
 
 
+def _functions(value: object, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """The texts of a recipe that may name a function to call, wherever they stand."""
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            own = getattr(value, name)
+            if NAMES_CODE in field.metadata:
+                yield (*key, name), own
+            yield from _functions(own, (*key, name))
+    elif isinstance(value, (list, tuple, dict)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _functions(item, (*key, name))
+
+
 # Finding
 
 
@@ -141,9 +161,12 @@ def _find(source: str) -> tuple[str, str, str]:
         hint = f"did you mean {near[0]!r}?" if near else None
         raise RecipeError(f"no recipe {source!r}", expected=f"a file, or one of {', '.join(names)}", hint=hint)
     try:
-        text = place.read_text(encoding="utf-8")
+        with place.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("recipe cannot be read", got=str(error), where=source) from None
+    if len(text) > MOST_BYTES:
+        raise RecipeError("not a recipe: too long", expected=f"{MOST_BYTES:,} characters at most", where=source)
     return text, source if isinstance(place, Path) else f"{source}.yaml", PurePath(place.name).stem
 
 
@@ -236,15 +259,17 @@ def _under(places: Places, key: Key) -> Places:
 # Overriding
 
 
-def _override(content: dict[str, Any], places: Places, override: str) -> None:
-    """Set one value of a recipe, from `section.key=value`; in every entry, if it is common to a matrix's."""
+def _override(content: dict[str, Any], places: Places, override: str) -> list[Key]:
+    """Set a value of a recipe, from `section.key=value`; in every entry, if it is common to a matrix's. Its keys."""
     dotted, equals, text = (part.strip() for part in override.partition("="))
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise RecipeError("bad override", expected="section.key=value", got=repr(override))
     shared = keys[0] == "common" and not _ENTRIES.match(override)
-    for key in [["entries", label, *keys[1:]] for label in _entries(content)] if shared else [keys]:
+    found = [("entries", str(label), *keys[1:]) for label in _entries(content)] if shared else [tuple(keys)]
+    for key in found:
         _set(content, places, key, text, f"--set {override}")
+    return list[Key](found)
 
 
 def _set(content: dict[str, Any], places: Places, key: Sequence[str], text: str, shown: str) -> None:

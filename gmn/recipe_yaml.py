@@ -14,6 +14,8 @@ from gmn.errors import RecipeError
 Key = tuple[int | str, ...]
 Places = dict[Key, str]  # where each key was written: "my.yaml:12", or "--set a.b=3"
 
+MOST_BYTES, MOST_KEYS = 500_000, 20_000  # of a recipe; the longest of ours has 3,000 bytes
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that also reads 1e-3 as a number, where YAML 1.1 wants 1.0e-3, and 2:4 as text."""
@@ -53,7 +55,9 @@ def parse(text: str, shown: str) -> tuple[Any, Places]:
 
 
 def _walk(node: yaml.Node, key: Key, places: Places, shown: str) -> None:
-    """Note the line of every key; a key that comes twice is an error."""
+    """Note the line of every key; a key that comes twice is an error, and so are aliases that make millions of them."""
+    if len(places) > MOST_KEYS:
+        raise RecipeError("not a recipe: too long", expected=f"{MOST_KEYS:,} keys at most", where=shown)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             places[(*key, index)] = f"{shown}:{item.start_mark.line + 1}"

@@ -21,17 +21,20 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.errors import MarkupError
 
 from gmn.checkpoint import load_json, make_folder, save_bytes, save_json, save_text
 from gmn.distributed import leader_writes, team
-from gmn.errors import CheckpointError, GmnError
+from gmn.errors import MALFORMED, CheckpointError, GmnError
 from gmn.jsonl import append_line, read_lines
 from gmn.lock import alone
+from gmn.names import printable
+from gmn.permission import allow_code
 from gmn.processes import is_left_over, sweep
 from gmn.progress import say
 
@@ -59,6 +62,8 @@ class Run:
         self.folder, self.recipe, self.shared, self._resumes = folder, recipe, shared, resume
         self._held, self._known, self._started = ExitStack(), set[str](), False
         saved = folder / "recipe.yaml"
+        if saved.is_file() and not overwrite:
+            refuse_links(folder)
         if resume and overwrite:
             raise GmnError("--resume and --overwrite exclude each other", where=str(folder))
         if folder.exists() and not folder.is_dir():
@@ -171,20 +176,50 @@ def is_run(folder: Path) -> bool:
 
 
 def open_run(folder: str | Path) -> Path:
-    """The folder, if it is a run folder; CheckpointError otherwise."""
+    """The folder, if it is a run folder and nothing in it leads out of it; CheckpointError otherwise."""
     folder = Path(folder)
     if not is_run(folder):
         hint = f"did you mean {Path('runs') / folder}?" if is_run(Path("runs") / folder) else None
         raise CheckpointError("not a run folder", expected="a folder with recipe.yaml", got=str(folder), hint=hint)
+    refuse_links(folder)
     return folder
 
 
+def refuse_links(folder: Path) -> None:
+    """CheckpointError if a link leads out of a folder, or something in it is neither file nor folder.
+
+    A run is gone on with by writing into it: through the links of a stranger's it would be elsewhere.
+    """
+    root = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                hint = "put what it leads to into the folder"
+                raise CheckpointError("a link that leaves the run folder", got=str(path), hint=hint)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise CheckpointError("neither file nor folder in a run folder", got=str(path))
+
+
 def load_report(folder: Path) -> dict[str, Any]:
-    """The finished report of a run."""
-    if not (folder / "report.json").is_file():
+    """The finished report of a run; CheckpointError if there is none, or it is no mapping of printable texts."""
+    path = folder / "report.json"
+    if not path.is_file():
         raise CheckpointError("the run has no report yet", where=str(folder), hint="go on with it: gmn ... --resume")
-    report: dict[str, Any] = load_json(folder / "report.json")
+    with reading(path):
+        report = load_json(path)
+        if not isinstance(report, dict) or not printable(report):
+            raise CheckpointError("malformed report", expected="a mapping, printable texts", where=str(path))
     return report
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside the `with`, content of another form than expected is a CheckpointError that names the file."""
+    try:
+        yield
+    except (*MALFORMED, MarkupError) as error:
+        got = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise CheckpointError("malformed content", got=got, where=str(path)) from error
 
 
 def environment() -> dict[str, Any]:
@@ -209,15 +244,16 @@ def _same(saved: Path, recipe: str) -> bool:
     """Whether two recipes say the same; an older gmn did not spell out what is new and has its default."""
     from gmn.recipe import dump_recipe, load_recipe
 
-    if saved.read_text(encoding="utf-8") == recipe:
+    if saved.read_bytes() == recipe.encode():
         return True
     try:
-        return dump_recipe(load_recipe(saved)) == recipe
+        with allow_code():  # it is compared, nothing else
+            return dump_recipe(load_recipe(saved)) == recipe
     except GmnError:
         return False
 
 
 def _first_difference(path: Path, recipe: str) -> str:
-    old, new = path.read_text().splitlines(), recipe.splitlines()
+    old, new = path.read_text(encoding="utf-8", errors="replace").splitlines(), recipe.splitlines()
     pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
     return f"'{pairs[0][1].strip()}' instead of '{pairs[0][0].strip()}'" if pairs else "other sections"

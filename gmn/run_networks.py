@@ -9,11 +9,10 @@ from typing import Any
 
 from gmn.api import NETWORK, zoo_path
 from gmn.batches import tensors_in
-from gmn.checkpoint import load_json
 from gmn.errors import CheckpointError, GmnError
 from gmn.names import refuse_unknown
-from gmn.pipeline import VOTERS
-from gmn.run import is_run, load_report
+from gmn.pipeline import digest, voters
+from gmn.run import is_run, load_report, open_run, reading
 from gmn.subject import Choices, Named, named
 
 
@@ -23,12 +22,13 @@ def finished(folder: Path) -> dict[Path, dict[str, Any]]:
     Raises:
         CheckpointError: if the run is not finished, or kept none.
     """
-    report = load_report(folder)
-    if report.get("method") == "matrix":
-        expected, got = f"one of the runs in {folder / 'entries'} and {folder / 'cells'}", str(folder)
-        raise CheckpointError("a matrix keeps its networks in other runs", expected=expected, got=got)
-    results = report["results"]
-    found = {folder / "models" / f"{result['row']}-seed{result['seed']}": result for result in results}
+    with reading(open_run(folder) / "report.json"):
+        report = load_report(folder)
+        if report.get("method") == "matrix":
+            expected, got = f"one of the runs in {folder / 'entries'} and {folder / 'cells'}", str(folder)
+            raise CheckpointError("a matrix keeps its networks in other runs", expected=expected, got=got)
+        results = [(f"{result['row']}-seed{result['seed']}", result) for result in report["results"]]
+    found = {folder / "models" / name: result for name, result in results if name == Path(name).name}
     kept = {path: result for path, result in found.items() if (path / "model.json").is_file()}
     if not kept:
         hint = "a vote run keeps tasks; prune for one of them: gmn prune RECIPE --meta RUN"
@@ -46,7 +46,8 @@ def best(folder: Path, row: str | None = None) -> Path:
     if row is not None:
         refuse_unknown("row", row, dict.fromkeys(str(result["row"]) for result in kept.values()))
     mine = [path for path, result in kept.items() if row in (None, result["row"])]
-    return max(mine, key=lambda path: kept[path]["validation_accuracy"])
+    with reading(folder / "report.json"):
+        return max(mine, key=lambda path: float(kept[path]["validation_accuracy"]))
 
 
 def side_by_side(folder: Path) -> dict[str, Path]:
@@ -103,6 +104,7 @@ def _base(folder: Path) -> Path:
 
 def _bases(folder: Path) -> Iterator[Path]:
     yield folder / "models" / "base"
-    voters = Path(load_json(folder / VOTERS)["zoo"]) if (folder / VOTERS).is_file() else zoo_path(folder)
-    if voters is not None:
-        yield voters / NETWORK
+    found = voters(folder)
+    zoo = found[0] if found else zoo_path(folder)
+    if zoo is not None and (found is None or digest(zoo) == found[1]):
+        yield zoo / NETWORK

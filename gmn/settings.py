@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Strict, field_validator, model_validator
 
+from gmn.permission import NAMES_CODE
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
 from gmn.settings_pattern import Removal
 from gmn.settings_report import Baseline, distinct, labelled
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
+CodeName = Annotated[str, NAMES_CODE]
 DEVICES = r"auto|cpu|cuda(:\d+)?"
+NAME = re.compile(r"(?!\.)[^/\\\[\]]{1,100}")
 
 
 class Augment(Section):
@@ -31,7 +34,7 @@ class Data(Section):
     Relative paths count from the directory that gmn is started in, not from the recipe's.
     """
 
-    name: str = Field(min_length=1, description="digits, cifar10, parquet, imagefolder, pkg.mod:fn, ...")
+    name: CodeName = Field(min_length=1, description="digits, cifar10, parquet, imagefolder, pkg.mod:fn, ...")
     root: PathLike | None = Field(default=None, description="folder that holds the data")
     download: bool = Field(default=False, description="fetch the data when it is missing")
     train: str | None = Field(default=None, description="parquet files of the training images, a glob")
@@ -63,7 +66,7 @@ class Data(Section):
 class Network(Section):
     """The network to make smaller."""
 
-    name: str = Field(min_length=1, description="cifar.resnet20, torchvision.X, timm.X or pkg.mod:fn")
+    name: CodeName = Field(min_length=1, description="cifar.resnet20, torchvision.X, timm.X or pkg.mod:fn")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the builder")
     weights: PathLike | None = Field(default=None, description="state dict to start from")
 
@@ -185,7 +188,7 @@ class MetaTrain(Section):
 class Criterion(Section):
     """How important a channel is, or a weight."""
 
-    score: str = Field(
+    score: CodeName = Field(
         default="norm",
         min_length=1,
         description="norm, bn-scale, taylor, fpgm, random, a registered name or package.module:function",
@@ -285,6 +288,15 @@ class Common(Section):
     )
     data: Data = Field(description="the images")
     network: Network = Field(description="the network to make smaller")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value) or not value.isprintable():  # it names a folder in runs/, and titles
+            raise ValueError(
+                f"100 printable characters at most, none of / \\ [ ], no dot in front; got {value[:100]!r}"
+            )
+        return value
 
     @field_validator("device")
     @classmethod

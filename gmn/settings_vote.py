@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gmn.settings import Common, Fit, PathLike, Positive, Section
+from gmn.settings import CodeName, Common, Fit, PathLike, Positive, Section
 
 
 class FilterPruning(Section):
@@ -130,7 +130,7 @@ class ZooTasks(Section):
 class Similarity(Section):
     """How the nearest tasks are found."""
 
-    name: str = Field(
+    name: CodeName = Field(
         default="leep", description="leep, wordnet, shared_classes, shared_parents, prototypes or pkg.mod:Class"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the similarity")

@@ -12,11 +12,12 @@ from torch import nn
 from gmn.checkpoint import load_json, load_model
 from gmn.convert import to_graph, to_model
 from gmn.errors import CheckpointError, GmnError
-from gmn.example import example_inputs, parse_size
+from gmn.example import example_inputs, parse_size, stated_size
 from gmn.graph import NetworkGraph
 from gmn.graph_file import load_graph, read_source
 from gmn.network_source import Source, parse_source, rebuild, source_of_folder
 from gmn.networks import build_network, load_weights
+from gmn.permission import allow_code
 from gmn.recipe import read_value
 
 
@@ -99,9 +100,9 @@ def named(name: str, choices: Choices) -> Named:
         built = source.to_json()
         return Named(model, {"name": built.pop("network"), **built}, example_inputs(model, choices.size), {})
     choices.refuse("classes", "options", "weights")
-    model, content = _saved(folder)
+    model, content, size = _saved(folder, choices)
     facts = {key: value for key, value in content.items() if key not in ("network", "format", "heads")}
-    return Named(model, content["network"], example_inputs(model, choices.size or content.get("input_shape")), facts)
+    return Named(model, content["network"], example_inputs(model, size), facts)
 
 
 def find(name: str, choices: Choices) -> Subject:
@@ -153,21 +154,22 @@ def _of_graph_file(path: Path, choices: Choices) -> Subject:
         source = choices.source(choices.network)
     else:
         choices.refuse("input", "classes", "options")
-        source = parse_source(stated, str(path), trusted=choices.network)
-    graph = load_graph(path, rebuild(source, str(path)))
+        with allow_code(only=[choices.network] if choices.network else []):
+            source = parse_source(stated, str(path))
+    graph = load_graph(path, rebuild(source, str(path), path.stat().st_size))
     return Subject(to_model(graph), source, graph)
 
 
 def _of_folder(folder: Path, choices: Choices) -> Subject:
-    model, content = _saved(folder)
-    size = choices.size or content.get("input_shape")
+    model, _, size = _saved(folder, choices)
     return Subject(model, source_of_folder(folder, model), _graph(model, choices, size))
 
 
-def _saved(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A saved network, and what its model.json says."""
+def _saved(folder: Path, choices: Choices) -> tuple[nn.Module, dict[str, Any], tuple[int, ...] | None]:
+    """A saved network, what its model.json says, and the size of its input."""
     if not (folder / "model.json").is_file():
         inside = sorted(str(file.parent) for file in folder.glob("**/model.json"))
         hint = f"did you mean {inside[0]}?" if inside else None
         raise CheckpointError("no saved network here", expected="model.json", got=str(folder), hint=hint)
-    return load_model(folder), load_json(folder / "model.json")
+    content = load_json(folder / "model.json")
+    return load_model(folder), content, choices.size or stated_size(content, str(folder / "model.json"))

@@ -181,7 +181,9 @@ def test_a_graph_file_that_names_a_function(here: Here, tmp_path: Path, monkeypa
                                           "    return nn.Linear(in_channels, num_classes)\n")  # fmt: skip
     monkeypatch.syspath_prepend(str(tmp_path))
     assert here("convert", "own_nets:make", "--input", "6", "--classes", "3", "-o", "g.safetensors")[0] == 0
-    assert "--network own_nets:make" in mistake(here, "convert", "g.safetensors", "-o", "w.safetensors")
+    refused = mistake(here, "convert", "g.safetensors", "-o", "w.safetensors")
+    assert "'own_nets:make'" in refused
+    assert "--allow-code" in refused
     code, out, _ = here("convert", "g.safetensors", "--network", "own_nets:make", "-o", "w.safetensors")
     assert code == 0
     assert "2 tensors" in out

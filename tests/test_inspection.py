@@ -25,6 +25,7 @@ from gmn.example import default_size, example_inputs
 from gmn.inspection import coverage, is_weight_layer, tree
 from gmn.inspection_report import groups_table, report, summary
 from gmn.network_source import parse_source, rebuild
+from gmn.permission import allow_code
 from gmn.subject import Choices, find
 
 
@@ -207,9 +208,12 @@ def test_a_function_of_ones_own() -> None:
 
 def test_a_file_may_not_call_a_function_that_nobody_trusts() -> None:
     stated = {"network": "os:system", "num_classes": 1, "options": {"command": "echo"}}
-    with pytest.raises(CheckpointError, match="--network os:system"):
+    with pytest.raises(
+        CheckpointError, match=r"source.network wants to run code: got 'os:system'; in file; .*--allow-c"
+    ):
         parse_source(stated, "file")
-    assert parse_source({**stated, "network": OWN}, "file", trusted=OWN).network == OWN
+    with allow_code(only=[OWN]):
+        assert parse_source({**stated, "network": OWN}, "file").network == OWN
 
 
 def test_a_file_may_not_fetch_weights() -> None:
@@ -236,7 +240,7 @@ def test_a_file_may_not_fetch_weights() -> None:
 )  # fmt: skip
 def test_a_source_that_is_malformed(stated: dict[str, object] | None, message: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        rebuild(parse_source(stated, "file"), "file")
+        rebuild(parse_source(stated, "file"), "file", 0)
     assert message in str(error.value)
 
 
