@@ -62,7 +62,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
         flush_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not name its file
+        if error.errno is not None:
+            error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     finally:
         with contextlib.suppress(OSError):

@@ -29,7 +29,7 @@ from gmn.launch import processes
 P = ParamSpec("P")
 CPU = torch.device("cpu")
 PATIENCE = timedelta(days=7)  # a process that has died is noticed at once: its connections close
-OURS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 class LostError(TrainingError):
@@ -59,8 +59,8 @@ class Team:
 
         The batches of one round lie side by side; every process has a stretch of that row, all about equally long.
 
-        >>> [next(parts) for parts in [Team(rank=1, size=2).parts([4, 4])] for _ in range(2)]
-        [slice(0, 0, None), slice(0, 4, None)]
+        >>> next(Team(rank=1, size=2).parts([4]))
+        slice(2, 4, None)
         """
         if self.size == 1:
             return None
@@ -75,9 +75,10 @@ class Team:
         tensors = list(tensors)
         if self.size == 1 or not tensors:
             return
-        with torch.no_grad(), _talking():
+        with torch.no_grad():
             flat = torch.cat([tensor.flatten() for tensor in tensors]).to(self.device)
-            dist.all_reduce(flat)
+            with _talking():
+                dist.all_reduce(flat)
             for tensor, whole in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(whole.view_as(tensor))
 
@@ -90,9 +91,10 @@ class Team:
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Put what the first process has into each tensor."""
         for tensor in tensors if self.size > 1 else ():
-            with torch.no_grad(), _talking():
+            with torch.no_grad():
                 message = tensor.detach().to(self.device).contiguous()
-                dist.broadcast(message.flatten().view(torch.uint8), 0)  # gloo does not know all types
+                with _talking():
+                    dist.broadcast(message.flatten().view(torch.uint8), 0)  # gloo does not know all types
                 tensor.copy_(message)
 
     def wait(self) -> None:
@@ -206,7 +208,7 @@ def _refuse(device: str, method: str) -> None:
     if precision != "no":
         hint = "leave it to the recipe: meta_train.bf16, finetune.after_prune.bf16, ..."
         raise GmnError("the launcher sets a precision", expected="--mixed_precision no", got=precision, hint=hint)
-    for name in OURS:
+    for name in SHARDED:
         if os.environ.get(name, "false").lower() == "true":
             hint = "launch with --multi_gpu: networks and metanetworks fit into one accelerator (docs/scaling.md)"
             raise GmnError("the launcher asks for sharded models", got=name, hint=hint)

@@ -104,7 +104,6 @@ def together(folder: Path) -> dict[str, Any]:
     seen_before = (folder / "lines.jsonl").exists()
     append_line(folder / "lines.jsonl", {"by": rank})
     found["files"] = seen_before, (folder / "lines.jsonl").read_text()
-    found["who"] = folder / "who.txt"
     leader_writes(lambda: (folder / "who.txt").write_text(str(rank)))()  # type: ignore[arg-type, return-value]
     found["who"] = (folder / "who.txt").read_text()
     network = nn.Linear(2, 2)

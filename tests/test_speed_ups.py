@@ -151,13 +151,13 @@ def test_a_resumed_run_repeats_what_is_missing(several: Path, meta: Path, settin
     shutil.rmtree(folder / "models" / "2.4x" / "sparse-seed0")
     (folder / "report.json").unlink()
     moved = (meta.parent / "other.safetensors").rename(tmp_path / "elsewhere")
-    before = len(events(folder, "fit")), len(events(folder, "learnt"))
+    before = len(events(folder, "cost")), len(events(folder, "learnt"))
     own = recipe(BASELINES, setting, "report.speed_ups=[2.4]")
     again = pipeline.prune_recipe(own, folder, meta, resume=True)
     moved.rename(meta.parent / "other.safetensors")
     assert comparable(json.loads(json.dumps(again))) == comparable(load_report(several))
-    new = [e["title"] for e in events(folder, "fit")[before[0] :]]
-    assert new == ["sparse seed 0, 2.4x: fine-tuning after pruning"]
+    new = [(e["stage"], e["row"], e["speed_up"]) for e in events(folder, "cost")[before[0] :]]
+    assert new == [("pruning", "sparse", 2.4), ("last fine-tuning", "sparse", 2.4)]
     assert len(events(folder, "learnt")) == before[1] == 2
 
 
