@@ -16,7 +16,7 @@ quickstart: .venv/.run ## install, then shrink a small network on handwritten di
 test: .venv/.test ## install with the test extras, then the whole test suite
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
 
-soak: .venv/.test ## change thousands of files: each must be refused or valid; half an hour
+soak: .venv/.test ## change thousands of files: each must be refused or valid; minutes
 	OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/soak.py --cases 400
 
 check: .venv/.dev ## formatting, lint and types
