@@ -182,14 +182,16 @@ def _watched(
     command += ["--cases", str(last - first), *(part for name in names for part in ("--only", name))]
     fast = "/dev/shm" if Path("/dev/shm").is_dir() else None  # zoos are flushed to disk
     with tempfile.TemporaryDirectory(dir=fast) as place:  # ours: a process that is killed leaves its files
-        return _heard(command, {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": place}, outcomes)
+        return _heard(command, Path(place), outcomes)
 
 
-def _heard(command: Sequence[str], environment: dict[str, str], outcomes: dict[str, Outcome]) -> tuple[str, int] | None:
+def _heard(command: Sequence[str], place: Path, outcomes: dict[str, Outcome]) -> tuple[str, int] | None:
     """Count what a process says; the case that ended it, if one did."""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    environment, errors = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(place)}, place / "stderr"
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment) as process,
+    ):
         begun: tuple[str, int] | None = None
         for line in _lines(process):
             if "begun" in line:
@@ -200,7 +202,7 @@ def _heard(command: Sequence[str], environment: dict[str, str], outcomes: dict[s
         if process.returncode == 0:
             return None
         if begun is None:
-            raise RuntimeError(f"ended between two cases: {process.stderr.read() if process.stderr else ''}")
+            raise RuntimeError(f"ended between two cases: {errors.read_text(errors='replace')}")
         name, number = begun
         ended = "hangs" if process.returncode == -signal.SIGKILL else f"ended with code {process.returncode}"
         outcomes[name].cases += 1
