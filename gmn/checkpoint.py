@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from gmn.builder import Layout
 from gmn.distributed import leader_writes
-from gmn.errors import MALFORMED, CheckpointError, GmnError
+from gmn.errors import MALFORMED, CheckpointError, GmnError, naming
 from gmn.heads import head_counts, restore_heads
 from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network, without_fetching
@@ -52,19 +52,16 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = temporary_name(path)
     try:
-        make_folder(path.parent)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors leaves files that nobody else may read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        flush_folder(path.parent)
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename or str(path)  # a failed write does not name its file
-        raise
+        with naming(path):
+            make_folder(path.parent)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # safetensors leaves files that nobody else may read
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            flush_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

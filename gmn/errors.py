@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class GmnError(Exception):
     """Base of every error that gmn raises on bad input; the CLI prints it as one line.
@@ -68,3 +72,14 @@ class CheckpointError(GmnError):
 
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 """What code raises that meets content of another form than it expects, such as that of a file."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system inside the block names the file: a write that fails does not say which it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise

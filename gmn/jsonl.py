@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gmn.distributed import leader_writes
+from gmn.errors import naming
 
 
 @leader_writes
@@ -19,18 +20,14 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         OSError: with the file's name, if the disk is full, read-only or broken.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("a+b", buffering=0) as file:  # one write: lines of several processes do not mix
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            torn = file.read(1) not in (b"", b"\n")
-            line = ("\n" * torn + json.dumps(entry) + "\n").encode()
-            while line:  # a disk that is nearly full takes a part
-                line = line[file.write(line) :]
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with naming(path), path.open("a+b", buffering=0) as file:  # one write: lines of several processes do not mix
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        line = ("\n" * torn + json.dumps(entry) + "\n").encode()
+        while line:  # a disk that is nearly full takes a part
+            line = line[file.write(line) :]
+        os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
