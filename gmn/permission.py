@@ -35,6 +35,11 @@ def allow_code(*, only: Iterable[str] | None = None) -> Iterator[None]:
         _ALLOWED.reset(token)
 
 
+def allowed_code() -> frozenset[str] | None:
+    """The names that are allowed here, None for all: for `allow_code` in a process that works for this one."""
+    return _ALLOWED.get()
+
+
 def refuse_code(name: object, key: str, where: str, error: type[GmnError] = GmnError) -> None:
     """Raise `error` if a name that was read from a file is a function's, and nobody allowed it.
 
@@ -48,7 +53,7 @@ def refuse_code(name: object, key: str, where: str, error: type[GmnError] = GmnE
     gmn.errors.GmnError: network.name wants to run code: got 'os:abort'; in my.yaml:3; if you trust it, allow it \
 with --allow-code, in Python inside `with gmn.allow_code():`
     """
-    allowed = _ALLOWED.get()
+    allowed = allowed_code()
     if isinstance(name, str) and ":" in name and allowed is not None and name not in allowed:
         hint = "if you trust it, allow it with --allow-code, in Python inside `with gmn.allow_code():`"
         raise error(f"{key} wants to run code", got=repr(name), where=where, hint=hint)

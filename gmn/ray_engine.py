@@ -12,10 +12,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from gmn.engine import Found, Job, attempt
 from gmn.errors import GmnError
+from gmn.permission import allow_code, allowed_code
 
 AHEAD = 2  # jobs drawn per free place: waiting ones tell a growing cluster to grow, and the rest is left for others
 
@@ -38,7 +40,8 @@ class RayEngine:
         """See `Engine.map`."""
         resources = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_retries": self._retries}
         remote = self._ray.remote(**resources)(attempt)
-        shared, waiting, running = self._ray.put(function), iter(jobs), dict[Any, Job]()
+        shared = self._ray.put(partial(_permitted, allowed_code(), function))
+        waiting, running = iter(jobs), dict[Any, Job]()
         try:
             while True:
                 for job in itertools.islice(waiting, max(0, AHEAD * self.places() - len(running))):
@@ -64,6 +67,12 @@ class RayEngine:
         except (lost.WorkerCrashedError, lost.NodeDiedError, lost.OutOfMemoryError, lost.ObjectLostError) as error:
             tries, hint = f"{self._retries + 1} times", "out of memory? give --cpus-per-task or --gpus-per-task more"
             return GmnError("the worker died", got=f"{type(error).__name__}, {tries}", hint=hint)
+
+
+def _permitted(allowed: frozenset[str] | None, function: Callable[[Job], Found], job: Job) -> Found:
+    """Files may name in a worker the functions that they may name where the job comes from."""
+    with allow_code(only=allowed):
+        return function(job)
 
 
 @contextmanager

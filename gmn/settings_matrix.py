@@ -55,11 +55,11 @@ class MatrixRecipe(Section):
         """(row, column) of every network with the metanetwork of another entry."""
         return [(row, column) for row in self.networks for column in self.metanetworks if row != column]
 
-    @field_validator("entries")
+    @field_validator("entries", mode="before")  # ahead of what is wrong in the entries
     @classmethod
-    def _labels_name_folders(cls, entries: dict[str, Recipe]) -> dict[str, Recipe]:
-        for label in entries:
-            if not re.fullmatch(LABEL, label):
+    def _labels_name_folders(cls, entries: object) -> object:
+        for label in entries if isinstance(entries, dict) else ():
+            if not re.fullmatch(LABEL, str(label)):
                 raise ValueError(f"a label is letters, digits, - and _, as it names a folder; got {label!r}")
             if label in RESERVED:
                 raise ValueError(f"the label {label!r} is the name of another column; give another")

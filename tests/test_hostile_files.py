@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from seal import seal
 from torch import nn
 
 import gmn
@@ -173,6 +174,8 @@ def with_meta(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     header["__metadata__"]["gmn"] = json.dumps(meta)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
+    if "sha256" in meta and "content" in meta:
+        seal(path)
     return path
 
 

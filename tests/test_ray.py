@@ -60,6 +60,26 @@ def test_results_come_back_beside_their_jobs(engine: RayEngine, where: str) -> N
     assert list(chosen.map(root, [])) == []
 
 
+def asks(name: str) -> str:
+    from gmn.permission import refuse_code
+
+    refuse_code(name, "network.name", "a.yaml:3")
+    return name
+
+
+def test_workers_may_call_what_the_caller_allows(engine: RayEngine) -> None:
+    names = ["mine:build", "os:abort"]
+    with gmn.allow_code(only=["mine:build"]):
+        some = dict(engine.map(asks, names))
+    with gmn.allow_code():
+        everything = dict(engine.map(asks, names))
+    nothing = dict(engine.map(asks, names))
+    assert some["mine:build"] == "mine:build"
+    assert isinstance(some["os:abort"], gmn.GmnError)
+    assert everything == {name: name for name in names}
+    assert all(isinstance(found, gmn.GmnError) for found in nothing.values())
+
+
 def test_jobs_are_drawn_as_there_is_room(engine: RayEngine) -> None:
     drawn: list[int] = []
 

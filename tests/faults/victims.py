@@ -100,6 +100,7 @@ def forked(job: Job) -> tuple[int, int]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets those it starts with & ignore it
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what the runs print
         for line in sys.stdin:

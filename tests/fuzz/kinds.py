@@ -13,6 +13,7 @@ from typing import Any
 import mutate
 import torch
 import yaml
+from seal import seal
 from torch import Tensor, nn
 
 import gmn
@@ -54,6 +55,17 @@ def _written(change: Callable[[bytes, random.Random], bytes]) -> Change:
 
     def apply(path: Path, rng: random.Random) -> None:
         path.write_bytes(change(path.read_bytes(), rng))
+
+    return apply
+
+
+def _sealed(change: Change) -> Change:
+    """The same change, with the checksum that then belongs to it wherever there still is one."""
+
+    def apply(path: Path, rng: random.Random) -> None:
+        change(path, rng)
+        with contextlib.suppress(Exception):
+            seal(path)
 
     return apply
 
@@ -251,14 +263,16 @@ KINDS = {
         _use_graph,
     ),
     "metanetworks": Kind(
-        _make_metanetwork, (("", BYTES), ("", HEADER), ("", _inside("gmn")), ("", _inside("gmn"))), _use_metanetwork
+        _make_metanetwork,
+        (("", BYTES), ("", HEADER), ("", _sealed(HEADER)), ("", _inside("gmn")), ("", _sealed(_inside("gmn")))),
+        _use_metanetwork,
     ),
     "weights": Kind(
         _make_weights, ((".pt", BYTES), ("new.pt", _written(mutate.zip_of)), ("old.pt", BYTES)), _use_weights
     ),
     "networks": Kind(
         _make_model,
-        (("model.json", BYTES), ("model.json", JSON), ("model.json", JSON), (".safetensors", HEADER)),
+        (("model.json", BYTES), ("model.json", JSON), ("model.json", JSON), (".safetensors", _sealed(HEADER))),
         _use_model,
     ),
     "zoo files": Kind(_make_task, (("", BYTES), ("", HEADER), ("", _inside("gmn"))), _use_task),

@@ -265,11 +265,11 @@ def main() -> int:
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:2]]
     if chosen.serve:
         last = chosen.first + chosen.cases
         serve(chosen.only, chosen.first, last, chosen.seed, chosen.folder, chosen.seconds)
         return 0
-    sys.path[:0] = [str(Path(__file__).parent)]
     from kinds import KINDS
 
     names = chosen.only or list(KINDS)
