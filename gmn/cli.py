@@ -11,9 +11,13 @@ from typer.core import TyperGroup
 
 from gmn.cli_bench import bench_app
 from gmn.cli_options import (
+    AddressOption,
     AllowCodeOption,
     BuilderOption,
     ClassesOption,
+    CpusOption,
+    EngineOption,
+    GpusOption,
     InputOption,
     LayoutOption,
     ModelArgument,
@@ -81,12 +85,10 @@ def meta_train(
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
-    engine: Annotated[str, typer.Option("--engine", help="here, or ray: who prunes the tasks of a zoo.")] = "here",
-    address: Annotated[
-        str | None, typer.Option("--address", help="Of a Ray cluster: auto, host:port. Default: one of this machine.")
-    ] = None,
-    cpus: Annotated[float | None, typer.Option("--cpus-per-task", help="Of the cluster. Default: 1")] = None,
-    gpus: Annotated[float | None, typer.Option("--gpus-per-task", help="A share is fine. Default: 0")] = None,
+    engine: EngineOption = "here",
+    address: AddressOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Learn a metanetwork from data models, or several, or a zoo; then prune with it and without it, and compare."""
@@ -96,7 +98,7 @@ def meta_train(
 
     settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / settings.name
-    chosen = engine_named(engine, settings.method, address=address, cpus=cpus, gpus=gpus)
+    chosen = engine_named(engine, address=address, cpus=cpus, gpus=gpus)
     with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
         found = pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite, engine=worker)
     if team.leads:
@@ -118,16 +120,22 @@ def prune(
     run: RunOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    engine: EngineOption = "here",
+    address: AddressOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Prune the recipe's network with what was learnt in another run."""
     from gmn import distributed, pipeline, report
     from gmn import recipe as recipes
+    from gmn.engine import engine_named
 
     settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / f"{settings.name}-pruned"
-    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team:
-        found = pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite)
+    chosen = engine_named(engine, address=address, cpus=cpus, gpus=gpus)
+    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
+        found = pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite, engine=worker)
     if team.leads:
         report.show(found, folder)
 

@@ -26,6 +26,16 @@ NetworkOption = Annotated[
 ]
 
 
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="here, or ray: where tasks of a zoo, rows of a table and cells are pruned.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Of a Ray cluster: auto, host:port. Default: one of this machine.")
+]
+CpusOption = Annotated[float | None, typer.Option("--cpus-per-task", help="Of the cluster. Default: 1")]
+GpusOption = Annotated[float | None, typer.Option("--gpus-per-task", help="A share is fine. Default: 0")]
+
+
 def _allow(context: typer.Context, allowed: bool) -> None:
     if allowed and not context.resilient_parsing:
         from gmn.permission import allow_code

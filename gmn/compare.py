@@ -14,18 +14,19 @@ from typing import Any
 
 from torch import nn
 
-from gmn.baselines import ROWS, Trial
+from gmn.baselines import Trial
 from gmn.budget import budget
 from gmn.builder import Layout
-from gmn.checkpoint import ABOUT_MODELS, is_saved, load_json, load_model, save_json, save_model
+from gmn.checkpoint import load_model, save_json
+from gmn.compare_rows import measure, networks_of, pattern_of, result_of, share_rows, trials_of
 from gmn.costs import Cost, latency
 from gmn.curve import POINTS, curve_of
+from gmn.engine import HERE, Engine
 from gmn.gradients import loss_gradients
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.progress import track
 from gmn.spread import spread
-from gmn.training import evaluate
 from gmn.weight_statistics import statistics_of
 
 STATISTICS = "statistics.json"
@@ -33,7 +34,12 @@ STATISTICS = "statistics.json"
 
 
 def compare(
-    job: MetaJob, metanetwork: MetaNetwork | None, layout: Layout, *, seen: bool | None = None
+    job: MetaJob,
+    metanetwork: MetaNetwork | None,
+    layout: Layout,
+    *,
+    seen: bool | None = None,
+    engine: Engine = HERE,
 ) -> dict[str, Any]:
     """Run all rows for all seeds, measure, and save report.json; finished rows are not run again.
 
@@ -41,24 +47,15 @@ def compare(
         job: The recipe at work.
         metanetwork, layout: What was learnt; without a metanetwork only the recipe's baselines are run.
         seen: Whether the metanetwork learnt on this very network; None if that is not known.
+        engine: Who makes the rows, each with each seed.
     """
     recipe = job.recipe
-    index = recipe.data_models.train + recipe.data_models.val if recipe.data_models.fit else 0
-    base = job.keep("models/base", lambda: job.trained(index))
-    start = base if not _initial(job) else job.keep("models/start", lambda: job.initially_pruned(base, index))
-    own: tuple[MetaNetwork | None, Layout] = metanetwork, layout
-    learnt = {} if metanetwork is None else {"metanetwork": own}
-    learnt |= {label: (further.to(job.device), its_layout) for label, (further, its_layout) in job.further.items()}
-    rows = [*learnt, *recipe.report.baselines]
-    trials = {
-        speed_up: [
-            Trial(job, base, start, *learnt.get(row, own), row, seed, speed_up=speed_up)
-            for row in rows
-            for seed in range(recipe.report.seeds)
-        ]
-        for speed_up in recipe.targets
-    }
-    tables = {speed_up: _table(job, base, of_speed_up) for speed_up, of_speed_up in trials.items()}
+    base, start = networks_of(job)
+    trials = trials_of(job, base, start, (metanetwork, layout))
+    if engine.remote:
+        share_rows(job, engine, trials)
+    by_target = {target: [trial for trial in trials if trial.target == target] for target in recipe.targets}
+    tables = {target: _table(job, base, own) for target, own in by_target.items()}
     main = tables.pop(recipe.prune.speed_up)
     report = {
         "recipe": recipe.name,
@@ -68,10 +65,10 @@ def compare(
         "test_images": len(job.data.test),
         "initial_speed_up": job.initial_speed_up,
         "finetune_images": budget(recipe, len(job.data.train)),
-        "base": _measure(job, base, job.cost(base)),
+        "base": measure(job, base, job.cost(base)),
         "results": main["results"],
         "latency": main["latency"],
-        "curve": _curve(job, job.cost(base), _before_pruning(trials[recipe.prune.speed_up])),
+        "curve": _curve(job, job.cost(base), _before_pruning(by_target[recipe.prune.speed_up])),
         "select": list(job.run.events("select")),
         "meta_train": list(job.run.events("meta-train")),
         **({"further": list(tables.values())} if tables else {}),
@@ -88,48 +85,13 @@ def _target(job: MetaJob, speed_up: float | None) -> dict[str, Any]:
     settings = job.recipe.prune
     if settings.of_channels:
         return {"speed_up": speed_up}
-    return {**_pattern(job), "goal": settings.goal, "dense": job.dense}
-
-
-def _pattern(job: MetaJob) -> dict[str, str]:
-    """What `model.json` says of a network in which single weights are zero."""
-    return {} if job.recipe.prune.of_channels else {"pattern": job.recipe.prune.pattern}
-
-
-def _initial(job: MetaJob) -> bool:
-    settings = job.recipe.data_models
-    return settings.initial_speed_up != 1 or settings.initial_fit is not None
+    return {**pattern_of(job), "goal": settings.goal, "dense": job.dense}
 
 
 def _table(job: MetaJob, base: nn.Module, trials: list[Trial]) -> dict[str, Any]:
     """All rows at one speed-up."""
-    results = [_result(job, trial) for trial in trials]
+    results = [result_of(job, trial) for trial in trials]
     return {**_target(job, trials[0].target), "results": results, "latency": _latency(job, base, trials)}
-
-
-def _result(job: MetaJob, trial: Trial) -> dict[str, Any]:
-    """One finished network: its validation and test accuracy, and its cost."""
-    folder = trial.folder
-    if not is_saved(folder):
-        model = ROWS.get(trial.row, ROWS["metanetwork"])(trial)
-        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages, **_pattern(job)}
-        facts = {**about, **_measure(job, model, trial.before)}
-        job.run.log("result", **facts)
-        save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
-        job.run.forget()
-    content = load_json(folder / "model.json")
-    return {key: value for key, value in content.items() if key not in ABOUT_MODELS}
-
-
-def _measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:
-    after = job.cost(model)
-    return {
-        "validation_accuracy": evaluate(model, job.data.val).accuracy,
-        "test_accuracy": evaluate(model, job.data.test).accuracy,
-        "flops": after.flops,
-        "parameters": after.parameters,
-        "speed_up": before.flops / after.flops,
-    }
 
 
 def _latency(job: MetaJob, base: nn.Module, trials: list[Trial]) -> dict[str, float]:

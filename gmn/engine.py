@@ -68,9 +68,9 @@ HERE = Here()
 
 @contextmanager
 def engine_named(
-    name: str, method: str, *, address: str | None = None, cpus: float | None = None, gpus: float | None = None
+    name: str, *, address: str | None = None, cpus: float | None = None, gpus: float | None = None
 ) -> Iterator[Engine]:
-    """The engine that a user names, ready to work for a recipe of this method; `gmn.ray_engine` has the options.
+    """The engine that a user names, ready to work; `gmn.ray_engine` has the options.
 
     Raises:
         GmnError: if there is no such engine, or it cannot do this.
@@ -81,9 +81,6 @@ def engine_named(
             raise GmnError("options of a cluster without one", expected="--engine ray beside them")
         yield HERE
         return
-    if method != "vote":
-        hint = "several processes share it by: accelerate launch -m gmn meta-train RECIPE"
-        raise GmnError("the cluster prunes the tasks of a zoo", expected="method: vote", got=method, hint=hint)
     from gmn.ray_engine import ray_engine
 
     with ray_engine(address, cpus=1.0 if cpus is None else cpus, gpus=gpus or 0.0) as engine:

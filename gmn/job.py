@@ -36,7 +36,7 @@ class Job:
     def __init__(self, recipe: Common, run: Run, data: Data | None = None) -> None:
         self.common, self.run = recipe, run
         self.device = choose_device(recipe.device)
-        self.data: Data = data or self._loaded()
+        self.data: Data = data or load(recipe, self.device)
         self.augment = Augment(**recipe.data.augment.model_dump())
         self.example = self.data.example_inputs()
         self.source: dict[str, Any] = {
@@ -45,14 +45,6 @@ class Job:
             "in_channels": self.data.input_shape[0],
             "options": recipe.network.options,
         }
-
-    def _loaded(self) -> Data:
-        settings = self.common.data.model_dump(exclude={"augment"})
-        with (
-            track(f"loading {self.common.data.name}", 1),
-            team().leader_first() if self.common.data.download else nullcontext(),
-        ):
-            return load_data(**settings, seed=self.common.seed).to(self.device)
 
     def seed(self, index: int) -> int:
         """The seed of network `index`."""
@@ -95,6 +87,13 @@ class Job:
         own = {"seed": self.seed(index), "augment": self.augment, "title": title}
         own["bookmark"] = self.bookmark(self.beginning(model, settings, index, title))
         fit(model, self.data.train, settings, **own, log=self.run.logger("fit", title=title), **more)
+
+
+def load(recipe: Common, device: torch.device) -> Data:
+    """The recipe's data; of several processes one downloads them first."""
+    settings = recipe.data.model_dump(exclude={"augment"})
+    with track(f"loading {recipe.data.name}", 1), team().leader_first() if recipe.data.download else nullcontext():
+        return load_data(**settings, seed=recipe.seed).to(device)
 
 
 def choose_device(name: str) -> torch.device:

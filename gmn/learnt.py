@@ -11,6 +11,7 @@ from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork
 from gmn.errors import CheckpointError, GmnError
 from gmn.metanetwork import MetaNetwork
+from gmn.run import METANETWORK as FILE
 from gmn.run import Run, is_run
 from gmn.run_cost import LEARNT, METANETWORK, meta_training
 from gmn.settings import Recipe
@@ -76,4 +77,4 @@ def _source(run: Run, row: str, path: Path) -> Path:
 
 
 def _place(row: str) -> str:
-    return "metanetwork.safetensors" if row == METANETWORK else f"metanetworks/{row}.safetensors"
+    return FILE if row == METANETWORK else f"metanetworks/{row}.safetensors"

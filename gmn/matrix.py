@@ -1,35 +1,26 @@
-"""The transfer matrix: the network of every row with the metanetwork of every column (GMN, tables 4 and 5).
-
-entries/LABEL/       an ordinary run: what `gmn meta-train` makes of the entry's recipe
-cells/ROW/COLUMN/    an ordinary run: what `gmn prune ROW --meta COLUMN` makes, from the network that ROW's run trained
-
-Entries depend on nothing and cells on two entries, through files alone; what has its report is not done again.
-"""
+"""The transfer matrix: the network of every row with the metanetwork of every column (GMN, tables 4 and 5)."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gmn.checkpoint import load_metanetwork, save_bytes, save_json
-from gmn.compare import compare
-from gmn.data import Data
+import torch
+
+from gmn.away import share
+from gmn.checkpoint import save_json
+from gmn.engine import HERE, Engine
 from gmn.errors import ConversionError, GmnError
-from gmn.learnt import Learnt
+from gmn.job import load
+from gmn.matrix_runs import Key, Runs, data_of, elsewhere, outside_of, paths_of
 from gmn.meta_job import MetaJob
-from gmn.progress import say
-from gmn.recipe import dump_recipe
 from gmn.run import Run, is_run, load_report
-from gmn.settings import Recipe
 from gmn.settings_matrix import MatrixRecipe
 
 Report = dict[str, Any]
 
-METANETWORK = "metanetwork.safetensors"
-WEIGHTS_FIRST = ("weights.safetensors", "model.json")  # a folder with the second is whole
-BEFORE = ("initial.json", *(f"models/{name}/{file}" for name in ("base", "start") for file in WEIGHTS_FIRST))
-"""Files of a run that hold its network before the recipe's pruning."""
 TARGET = ("speed_up", "pattern", "goal", "dense")
 SHARED = (*TARGET, "initial_speed_up", "validation_images", "test_images", "finetune_images", "seen", "base")
 """What a report says of all its rows."""
@@ -41,22 +32,25 @@ class Matrix:
     Args:
         recipe: What to do.
         run: The run folder; it is started once every entry and every cell has proved to work.
+        engine: Where entries and cells are made.
 
     Raises:
         GmnError: if an entry cannot work, or a network does not fit a metanetwork.
     """
 
-    def __init__(self, recipe: MatrixRecipe, run: Run) -> None:
-        self.recipe, self.folder = recipe, run.folder
-        self._data: dict[str, Data] = {}  # read once, whatever the number of cells
+    def __init__(self, recipe: MatrixRecipe, run: Run, engine: Engine = HERE) -> None:
+        self.recipe, self.folder, self.engine = recipe, run.folder, engine
+        self.runs = Runs(recipe, run.folder)
         if run.replaces or not is_run(run.folder):
             self._rehearse()
         run.start()
 
     def report(self) -> Report:
         """Do what is not done yet; returns the finished report, which is saved as report.json."""
+        if self.engine.remote:
+            self._share()
         for label in self.recipe.used:
-            self.entry(label)
+            self.runs.entry(label)
         content = {
             "recipe": self.recipe.name,
             "method": "matrix",
@@ -66,37 +60,18 @@ class Matrix:
         save_json(self.folder / "report.json", content)
         return content
 
-    def entry(self, label: str) -> Path:
-        """The run folder of an entry: its metanetwork if it is a column, its comparison if it is a row."""
-        recipe, folder = self.recipe.entries[label], self.folder / "entries" / label
-        column, row = label in self.recipe.metanetworks, label in self.recipe.networks
-        if not (folder / ("report.json" if row else METANETWORK)).is_file():
-            say(f"{label}: {' and '.join(['its metanetwork'] * column + ['its network'] * row)}")
-            with Run(folder, dump_recipe(recipe), resume=True) as run:
-                job = self._entry_job(label, run)
-                if column:
-                    job.learn()
-                metanetwork, layout = job.select() if column else (None, job.layout)
-                if row:
-                    compare(job, metanetwork, layout, seen=recipe.data_models.fit is None if column else None)
-        return folder
-
-    def cell(self, row: str, column: str) -> Path:
-        """The run folder of a network pruned with another entry's metanetwork; both entries must be done."""
-        recipe, home, folder = self.recipe.entries[row], self.folder / "entries", self.folder / "cells" / row / column
-        recipe = recipe.model_copy(update={"report": recipe.report.model_copy(update={"baselines": []})})
-        with Run(folder, dump_recipe(recipe), resume=True) as run:
-            run.start()
-            run.adopt(home / column / METANETWORK)
-            if not (folder / "report.json").is_file():
-                say(f"{row} with the metanetwork of {column}")
-                metanetwork, layout, _ = load_metanetwork(home / column / METANETWORK)
-                for name in BEFORE:
-                    if (home / row / name).is_file() and not (folder / name).is_file():
-                        save_bytes(folder / name, (home / row / name).read_bytes())
-                job = self._job(recipe, run, (metanetwork, layout))
-                compare(job, metanetwork.to(job.device), layout)
-        return folder
+    def _share(self) -> None:
+        """Let workers make the runs that are missing: all entries, then all cells."""
+        entries: list[Key] = [(label,) for label in self.recipe.used]
+        done = {key for key in (*entries, *self.recipe.cells) if self.runs.is_done(key)}
+        if len(done) == len(entries) + len(self.recipe.cells):
+            return
+        recipes = {data_of(own): own for own in (self.recipe.entries[label] for label in self.recipe.used)}
+        data = {key: load(recipe, torch.device("cpu")) for key, recipe in recipes.items()}
+        work, outside = partial(elsewhere, self.recipe, data), outside_of(self.recipe)
+        for title, keys in (("entries", entries), ("cells", self.recipe.cells)):
+            jobs = {key: paths_of(key) for key in keys if key not in done}
+            share(self.engine, work, self.folder, jobs, title, outside=outside)
 
     def _network(self, row: str) -> Report:
         """The report of one network: as `compare` makes it, but every metanetwork has a row of its own."""
@@ -104,20 +79,11 @@ class Matrix:
         results = [
             {**result, "row": column}
             for column in self.recipe.metanetworks
-            for result in (own if column == row else load_report(self.cell(row, column)))["results"]
+            for result in (own if column == row else load_report(self.runs.cell(row, column)))["results"]
             if result["row"] == "metanetwork"
         ]
         baselines = [result for result in own["results"] if result["row"] != "metanetwork"]
         return {**{key: own[key] for key in SHARED if key in own}, "results": [*results, *baselines]}
-
-    def _entry_job(self, label: str, run: Run) -> MetaJob:
-        return self._job(self.recipe.entries[label], run, learns=label in self.recipe.metanetworks)
-
-    def _job(self, recipe: Recipe, run: Run, learnt: Learnt | None = None, *, learns: bool = False) -> MetaJob:
-        key = recipe.model_dump_json(include={"data", "seed", "device"})
-        job = MetaJob(recipe, run, learnt, data=self._data.get(key), learns=learns)
-        self._data[key] = job.data
-        return job
 
     def _rehearse(self) -> None:
         """Meet every entry and every cell once, before hours of training end in an error."""
@@ -126,7 +92,7 @@ class Matrix:
             for label in self.recipe.used:
                 try:
                     with Run(Path(folder) / label, "") as run:
-                        jobs[label] = self._entry_job(label, run)
+                        jobs[label] = self.runs.learner(label, run)
                 except GmnError as error:
                     raise type(error)(f"entry {label}: {error}") from error
             for row, column in self.recipe.cells:

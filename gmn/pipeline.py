@@ -43,18 +43,28 @@ def meta_train(
 ) -> Report:
     """Learn what the recipe says, metanetworks or a zoo, and prune with it and without it; returns the report.
 
-    Everything finished is kept in the run folder, so that `resume` goes on where a run stopped. The tasks of a zoo are
-    pruned by `engine`.
+    Everything finished is kept in the run folder, so that `resume` goes on where a run stopped.
+
+    Args:
+        engine: Who prunes the tasks of a zoo, makes the rows of a comparison, the entries and the cells of a matrix.
     """
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
     with run, allow_code(only=_named_by(recipe)):  # what the run saves names it too
         if isinstance(recipe, MatrixRecipe):
-            return Matrix(recipe, run).report()
-        return _learn_votes(recipe, run, engine) if isinstance(recipe, VoteRecipe) else _learn_metanetwork(recipe, run)
+            return Matrix(recipe, run, engine).report()
+        if isinstance(recipe, VoteRecipe):
+            return _learn_votes(recipe, run, engine)
+        return _learn_metanetwork(recipe, run, engine)
 
 
 def prune_recipe(
-    recipe: AnyRecipe, folder: Path, meta: Path, *, resume: bool = False, overwrite: bool = False
+    recipe: AnyRecipe,
+    folder: Path,
+    meta: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    engine: Engine = HERE,
 ) -> Report:
     """Prune the recipe's network with what was learnt in another run; returns the report.
 
@@ -63,6 +73,8 @@ def prune_recipe(
     """
     if isinstance(recipe, MatrixRecipe):
         raise RecipeError("a matrix learns what it prunes with", hint=f"gmn meta-train {recipe.name}")
+    if engine.remote and isinstance(recipe, VoteRecipe):
+        raise RecipeError("no cluster makes the rows of a vote", hint="other processes share them with: gmn join RUN")
     zoo = zoo_path(meta)
     path = zoo or metanetwork_path(meta)
     if (zoo is not None) != isinstance(recipe, VoteRecipe):
@@ -78,7 +90,7 @@ def prune_recipe(
         metanetwork, layout, _ = load_metanetwork(path)
         job = MetaJob(recipe, run, (metanetwork, layout))
         adopt(run, METANETWORK, path)
-        return compare(job, metanetwork.to(job.device), layout)
+        return compare(job, metanetwork.to(job.device), layout, engine=engine)
 
 
 def join(folder: Path) -> None:
@@ -117,12 +129,12 @@ def _named_by(recipe: AnyRecipe) -> list[str]:
     return [own.network.name for own in of]
 
 
-def _learn_metanetwork(recipe: Recipe, run: Run) -> Report:
+def _learn_metanetwork(recipe: Recipe, run: Run, engine: Engine) -> Report:
     job = MetaJob(recipe, run, learns=True)
     job.learn()
     metanetwork, layout = job.select()
     # with a training in the recipe the pruned network is one more, trained with a seed of its own
-    return compare(job, metanetwork, layout, seen=recipe.data_models.fit is None)
+    return compare(job, metanetwork, layout, seen=recipe.data_models.fit is None, engine=engine)
 
 
 def _learn_votes(recipe: VoteRecipe, run: Run, engine: Engine) -> Report:

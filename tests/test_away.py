@@ -1,0 +1,181 @@
+"""Contract of work that is done elsewhere, in copies of a run folder.
+
+* Rows with several seeds and speed-ups, and entries and cells of a matrix, are those of one process, bit for bit:
+  report, log, weights, files; workers read nothing but what is sent to them, not even the weights that a recipe names.
+* What has failed is said, the rest is kept, and a resumed run makes what is missing and nothing else.
+* Logs only grow; files that a worker deletes go; nothing outside of a job's paths comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from evidence import evidence, files_of, log_of, tensors_of, without_times
+
+import gmn
+from gmn import pipeline
+from gmn.away import Parcel, apply, in_copy, pack, share
+from gmn.checkpoint import load_json
+from gmn.engine import attempt
+from gmn.recipe import load_recipe
+
+ROWS = [
+    *(*TINY, "data.limit=120", "data_models.val=0", "report.seeds=2", "report.speed_ups=[1.5]", "prune.steps=40"),
+    *("report.baselines=[sparse]", "data_models.initial_speed_up=1", "data_models.initial_fit=null"),
+]
+
+
+class Elsewhere:
+    """An engine whose worker sits in an empty folder, and knows what comes through a pipe only.
+
+    Args:
+        fails: Numbers of the jobs whose worker dies.
+    """
+
+    remote = True
+
+    def __init__(self, folder: Path, fails: Iterable[int] = ()) -> None:
+        self.folder, self.fails, self.jobs = folder, set(fails), list[Any]()
+        folder.mkdir(exist_ok=True)
+
+    def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        sent = pickle.dumps(function)
+        for number, job in enumerate(jobs):
+            self.jobs.append(job.job)
+            if number in self.fails:
+                yield job, gmn.GmnError("the worker died")
+                continue
+            here = Path.cwd()
+            os.chdir(self.folder)
+            try:
+                found = attempt(pickle.loads(sent), pickle.loads(pickle.dumps(job)))
+            finally:
+                os.chdir(here)
+            yield job, pickle.loads(pickle.dumps(found))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_rows_are_those_of_one_process(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", ROWS)
+    pipeline.meta_train(recipe, tmp_path / "here")
+    failing = Elsewhere(tmp_path / "worker", fails=[1, 2])
+    with pytest.raises(gmn.GmnError, match="the worker died"):
+        pipeline.meta_train(recipe, tmp_path / "there", engine=failing)
+    assert [*failing.jobs] == [(row, seed) for row in ("metanetwork", "sparse") for seed in (0, 1)]
+    again = Elsewhere(tmp_path / "worker")
+    pipeline.meta_train(recipe, tmp_path / "there", engine=again, resume=True)
+    assert again.jobs == [("metanetwork", 1), ("sparse", 0)]
+    assert evidence(tmp_path / "there") == evidence(tmp_path / "here")
+    assert list((tmp_path / "worker").iterdir()) == []
+
+
+def trained_weights(path: Path) -> None:
+    torch.manual_seed(3)
+    model = gmn.build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"width": 4, "shortcut": "B"})
+    torch.save(model.state_dict(), path)
+
+
+def test_weights_and_metanetworks_that_a_recipe_names_travel(tmp_path: Path) -> None:
+    trained_weights(Path("w.pt"))
+    own = [*ROWS, "network.weights=w.pt", "data_models.fit=null", "report.seeds=1", "report.speed_ups=[]"]
+    pipeline.meta_train(load_recipe("quickstart", [*own, "report.baselines=[]"]), tmp_path / "first")
+    recipe = load_recipe("quickstart", [*own, "report.metanetworks={older: first}", "report.baselines=[]"])
+    for name, options in (("here", {}), ("there", {"engine": Elsewhere(tmp_path / "worker")})):
+        pipeline.prune_recipe(recipe, tmp_path / name, tmp_path / "first", **options)
+    assert evidence(tmp_path / "there") == evidence(tmp_path / "here")
+
+
+MATRIX = """
+method: matrix
+common: {base: quickstart}
+entries:
+  narrow: {}
+  wide: {network: {options: {width: 8, shortcut: B}, weights: w8.pt}, data_models: {fit: null}}
+"""
+
+
+def test_a_matrix_is_that_of_one_process(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    wide = gmn.build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"width": 8, "shortcut": "B"})
+    torch.save(wide.state_dict(), "w8.pt")
+    Path("m.yaml").write_text(MATRIX)
+    overrides = [f"common.{field}" for field in ROWS if not field.startswith(("network", "report.speed_ups"))]
+    recipe = load_recipe("m.yaml", [*overrides, "common.report.seeds=1", "common.report.baselines=[]"])
+    pipeline.meta_train(recipe, tmp_path / "here")
+    with pytest.raises(gmn.GmnError, match="the worker died"):
+        pipeline.meta_train(recipe, tmp_path / "there", engine=Elsewhere(tmp_path / "worker", fails=[1]))
+    again = Elsewhere(tmp_path / "worker")
+    pipeline.meta_train(recipe, tmp_path / "there", engine=again, resume=True)
+    assert again.jobs == [("wide",), ("narrow", "wide"), ("wide", "narrow")]
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert without_times(load_json(there / "report.json")) == without_times(load_json(here / "report.json"))
+    assert (files_of(there), tensors_of(there)) == (files_of(here), tensors_of(here))
+    for log in here.rglob("metrics.jsonl"):
+        assert log_of(there / log.parent.relative_to(here)) == log_of(log.parent)
+
+
+def test_a_vote_is_not_shared_by_a_cluster(tmp_path: Path) -> None:
+    votes = load_recipe("graph-mask-voting")
+    with pytest.raises(gmn.GmnError, match="gmn join RUN"):
+        pipeline.prune_recipe(votes, tmp_path / "run", tmp_path, engine=Elsewhere(tmp_path / "worker"))
+
+
+# -- the copies --------------------------------------------------------------------------------------------------------
+
+
+def work(folder: Path, job: str) -> None:
+    """Something of everything."""
+    (folder / "own" / "new.txt").write_text(job + (folder / "sent" / "a.txt").read_text())
+    (folder / "own" / "old.txt").unlink()
+    (folder / "elsewhere.txt").write_text("not for the caller")
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"job": job}) + "\n")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    home = tmp_path / "home"
+    for name, text in (("own/old.txt", "old"), ("own/same.txt", "same"), ("log.jsonl", '{"job": "first"}\n')):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    return home
+
+
+def test_what_travels_back(home: Path) -> None:
+    paths = ["own", "log.jsonl", "absent"]
+    assert set(pack(home, paths)) == {"own/old.txt", "own/same.txt", "log.jsonl"}
+    changes = in_copy(work, Parcel("b", paths, pack(home, paths), {"sent/a.txt": b"!"}))
+    assert changes == {"own/new.txt": b"b!", "own/old.txt": None, "log.jsonl": b'{"job": "b"}\n'}
+    (home / "log.jsonl").write_text('{"job": "first"}\n{"job": "between"}\n')
+    apply(home, changes)
+    assert (home / "log.jsonl").read_text().split() == [
+        '{"job":',
+        '"first"}',
+        '{"job":',
+        '"between"}',
+        '{"job":',
+        '"b"}',
+    ]
+    assert sorted(path.name for path in home.rglob("*.txt")) == ["new.txt", "same.txt"]
+
+
+def test_jobs_that_fail_are_said_and_the_others_kept(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Elsewhere(tmp_path / "worker", fails=[0])
+    with pytest.raises(gmn.GmnError, match="the worker died"):
+        share(engine, work, home, {"a": ["own"], "b": ["own"]}, "jobs", outside={"sent/a.txt": b"!"})
+    assert (home / "own" / "new.txt").read_text() == "b!"
+    assert "a: the worker died" in capsys.readouterr().err
