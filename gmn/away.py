@@ -70,13 +70,17 @@ def share(
     with track(title, len(jobs)) as advance:
         for parcel, found in engine.map(partial(in_copy, work), parcels):
             if isinstance(found, GmnError):
-                say(f"{parcel.job}: {found}")
+                say(f"{_name(parcel.job)}: {found}")
                 failed.append(found)
             else:
                 apply(folder, found)
-            advance(str(parcel.job))
+            advance(_name(parcel.job))
     if failed:
         raise failed[0]
+
+
+def _name(job: object) -> str:
+    return " ".join(str(part) for part in job) if isinstance(job, tuple) else str(job)
 
 
 def in_copy(work: Callable[[Path, Job], object], parcel: Parcel[Job]) -> Changes:
