@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gmn.bench_report import markdown
+from gmn.checkpoint import save_text
 from gmn.compare import summarise, tables_of
 from gmn.weight_masks import reasons
 
@@ -26,8 +28,9 @@ TITLES = {
 def table(report: dict[str, Any]) -> Table:
     """Accuracy, cost and latency of every row."""
     result = Table(title=title([report]), caption=caption(report))
-    result.add_column("network")
-    for name in ("test %", "val. %", "FLOPs", measure(report), "params", "ms"):
+    first, *others = header(report)
+    result.add_column(first)
+    for name in others:
         result.add_column(name, justify="right", no_wrap=True)
     for row in cells(report):
         result.add_row(*row)
@@ -68,6 +71,17 @@ def row_title(row: str) -> str:
 def measure(report: dict[str, Any]) -> str:
     """What tells how small a network is: the speed-up, or the share of the parameters that is not zero."""
     return "left" if "pattern" in report else "speed-up"
+
+
+def header(report: dict[str, Any]) -> list[str]:
+    """What the columns of `cells` are called."""
+    return ["network", "test %", "val. %", "FLOPs", measure(report), "params", "ms"]
+
+
+def text(report: dict[str, Any]) -> str:
+    """The tables in Markdown, with what one must know to read them."""
+    parts = [markdown(title([part]), header(part), cells(part)) for part in tables_of(report)]
+    return "\n\n".join([*parts, caption(report)]) + "\n"
 
 
 def cells(report: dict[str, Any]) -> list[list[str]]:
@@ -145,7 +159,7 @@ def human(value: float) -> str:
 
 
 def show(report: dict[str, Any], folder: Path, console: Console | None = None) -> None:
-    """Print the table and write the page with its pictures, of a run of any method."""
+    """Print the table; write it as report.md, and the page with its pictures; of a run of any method."""
     from gmn import matrix_report, report_page, vote_report  # matplotlib takes a second to import
 
     if other := {"vote": vote_report.show, "matrix": matrix_report.show}.get(report.get("method", "")):
@@ -154,4 +168,5 @@ def show(report: dict[str, Any], folder: Path, console: Console | None = None) -
     console = console or Console()
     for own in tables(report):
         console.print(own)
+    save_text(folder / "report.md", text(report))
     console.print(f"page: {report_page.write(report, folder)}", soft_wrap=True, highlight=False)

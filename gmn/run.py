@@ -8,7 +8,7 @@ initial.json                                    the initial speed-up, if it was 
 metanetwork.safetensors                         the chosen metanetwork
 metanetworks/                                   those of further rows
 under-way/                                      trainings that are not finished (`gmn.bookmark`)
-report.json  plots/                             what `gmn report` shows
+report.json report.md plots/                    what `gmn report` shows
 entries/ cells/                                 the runs that a transfer matrix is made of
 """
 

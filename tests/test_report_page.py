@@ -1,6 +1,7 @@
 """Contract of the page of a run with a metanetwork.
 
 * It is one file with the table, the pictures, the recipe and the machine; the weights' statistics are in the run.
+* The table is there in Markdown too, with its caption, for an issue or a README.
 * A browser that opens it from disk shows every picture.
 * Runs that took their metanetwork from elsewhere, or were made by an older gmn, have a page too.
 """
@@ -45,6 +46,15 @@ def test_a_page_has_everything(run: Path) -> None:
     assert "pruner_reg" in text
     assert "torch" in text
     assert text.count("data:image/png;base64,") == 5
+
+
+def test_the_table_in_markdown(run: Path) -> None:
+    content = load_report(run)
+    lines = (run / "report.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert rows == [report.header(content), ["---"] * 7, *report.cells(content)]
+    assert lines[0] == "**quickstart: pruned to 1.8x**"
+    assert "random: like direct" in lines[-1]
 
 
 def test_statistics_of_every_layer(run: Path) -> None:
