@@ -19,13 +19,16 @@ from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
 from gmn.example import stated_size
 from gmn.gradients import gradients_for
+from gmn.graph import GraphSpec
 from gmn.metanetwork import MetaNetwork
 from gmn.neighbours import ranking
+from gmn.ranking import Pruned
 from gmn.reader import OnUnknown
 from gmn.recipe import checked
+from gmn.reconstruct import mend
 from gmn.settings import Criterion, Fit, Prune, Ranking
 from gmn.similarity import similarity_by_name
-from gmn.training import evaluate, fit, recalibrate
+from gmn.training import evaluate, fit
 from gmn.vote_prune import vote_for
 from gmn.weight_masks import WeightMask, parameters_left
 from gmn.weight_ranking import prune_by_pattern
@@ -161,6 +164,7 @@ def prune(
     augment: Augment | None = None,
     criterion: Criterion | str | None = None,
     recalibrate_images: int = 1000,
+    reconstruct_images: int = 0,
     on_unknown: OnUnknown = "keep",
     seed: int = 0,
     **options: Any,
@@ -177,6 +181,7 @@ def prune(
         sparsity: Of "unstructured", the share of the weights that goes; default 0.8.
         finetune: The fine-tuning after the metanetwork and the one after pruning; needs `data`; may distil from it.
         data: From `gmn.load_data`; also recalibrates batch norms (on `recalibrate_images` images) and evaluates.
+        reconstruct_images: To fit each layer to its unpruned outputs with, in place of recalibrating; 0: off.
         augment: Random changes of the training images.
         criterion: How what goes is scored: a `gmn.Criterion`, or its score, such as "taylor" (which needs `data`).
         on_unknown: See `gmn.to_graph`; "keep" never prunes around a layer without a rule.
@@ -188,8 +193,7 @@ def prune(
         RecipeError: for a field that is unknown, or a value out of its bounds.
         ConversionError: if the network has no graph.
     """
-    if finetune is not None and data is None:
-        raise PruningError("fine-tuning needs data", hint="pass data=gmn.load_data(...)")
+    _refuse_without(data, finetune is not None, reconstruct_images, pattern != "channels" or isinstance(meta, Voters))
     target = {"pattern": pattern, "sparsity": sparsity}
     if isinstance(meta, Voters):
         _refuse_ranking(criterion, options | ({} if pattern == "channels" and sparsity is None else target))
@@ -199,15 +203,28 @@ def prune(
     graph = to_graph(model, example_inputs, on_unknown=on_unknown)
     data = None if data is None else data.to(graph.node_features.device)
     tune = partial(_tuned, data=data, finetune=finetune, seed=seed, augment=augment, teacher=model)
-    current = model
-    if meta is not None:
-        current = tune(meta.rewrite(model, example_inputs, on_unknown=on_unknown), "after the metanetwork")
+    rewritten = None if meta is None else meta.rewrite(model, example_inputs, on_unknown=on_unknown)
+    current = model if rewritten is None else tune(rewritten, "after the metanetwork")
     gradients = None if data is None else gradients_for(own, current, data.train, seed=seed)
     pruned = prune_by_pattern(current, graph, example_inputs, config, own, gradients=gradients)
-    if data is not None:
-        recalibrate(pruned.model, data.train, recalibrate_images, seed=seed)
+    counts = {"reconstructed": reconstruct_images, "recalibrated": recalibrate_images, "seed": seed}
+    _mend(current, pruned, graph.spec, data, **counts)
     tune(pruned.model, "after pruning", mask=pruned.weights)
     return _result(pruned.model, pruned.before, example_inputs, data, pruned.weights)
+
+
+def _refuse_without(data: Data | None, tunes: bool, reconstructs: int, otherwise: bool) -> None:
+    for what, wanted in (("fine-tuning", tunes), ("reconstruction", reconstructs)):
+        if wanted and data is None:
+            raise PruningError(f"{what} needs data", hint="pass data=gmn.load_data(...)")
+    if reconstructs and otherwise:
+        expected = "channels that a criterion removed"
+        raise PruningError("nothing to reconstruct", expected=expected, hint="leave reconstruct_images out")
+
+
+def _mend(model: nn.Module, pruned: Pruned, spec: GraphSpec, data: Data | None, **counts: int) -> None:
+    if data is not None:
+        mend(model, pruned.model, spec, pruned.mask, data.train, **counts)
 
 
 def _tuned(model: nn.Module, when: str, *, data: Data | None, finetune: Fit | None, **options: Any) -> nn.Module:

@@ -83,7 +83,7 @@ class MetaJob(PruneJob):
         if most is not None and any(row.startswith("torch-pruning") for row in self.recipe.report.baselines):
             prune_with(self.library_pruner(clone(model)), self.example, most, before)
         if initial != "auto" and initial > 1:  # what auto may find lies on the way to the target
-            model = self._cut(model, initial).model
+            model = self._cut(model, initial)[0].model
         for target in targets:
             self._cut(model, target, before)
         self._find_weights(model)

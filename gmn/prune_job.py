@@ -26,10 +26,11 @@ from gmn.job import Job
 from gmn.library_pruner import Pruner, library_pruner
 from gmn.progress import say
 from gmn.ranking import Pruned, masks_of
+from gmn.reconstruct import mend
 from gmn.run import Run
 from gmn.settings import Criterion, Recipe
 from gmn.trace import clone
-from gmn.training import evaluate, recalibrate
+from gmn.training import evaluate
 from gmn.vote import prior
 from gmn.weight_masks import WeightMask, parameters_left
 from gmn.weight_ranking import Prunable, prune_by_pattern, weight_ladder
@@ -124,13 +125,16 @@ class PruneJob(Job):
 
     def _cut(
         self, model: nn.Module, speed_up: float | None, before: Cost | None = None, chance: int | None = None
-    ) -> Pruned:
+    ) -> tuple[Pruned, GraphSpec]:
         settings, graph = self.recipe.prune.model_copy(update={"speed_up": speed_up}), self.graph(model)
+        criterion, known = self.criterion, {}
         if chance is None:
             known = self._known(model)
-            return prune_by_pattern(model, graph, self.example, settings, self.criterion, before=before, **known)
-        blind, own = settings.model_copy(update={"per_flop": False}), Criterion(score="random", normalize="none")
-        return prune_by_pattern(model, graph, self.example, blind, own.seeded(chance), before=before)
+        else:
+            settings = settings.model_copy(update={"per_flop": False})
+            criterion = Criterion(score="random", normalize="none").seeded(chance)
+        pruned = prune_by_pattern(model, graph, self.example, settings, criterion, before=before, **known)
+        return pruned, graph.spec
 
     def _known(self, model: nn.Module) -> dict[str, Any]:
         """What the ranking of a network's channels may look at beside its weights; the same bits in all processes."""
@@ -170,10 +174,11 @@ class PruneJob(Job):
     def prune(
         self, model: nn.Module, speed_up: float | None, before: Cost | None = None, *, chance: int | None = None
     ) -> Pruned:
-        """Prune to a speed-up, or single weights as the recipe says, and recompute the batch norms' statistics.
+        """Prune to a speed-up, or single weights as the recipe says; then reconstruct, or recalibrate, as it says.
 
         `chance`: by a random ranking of that seed.
         """
-        pruned = self._cut(model, speed_up, before, chance)
-        recalibrate(pruned.model, self.data.train, self.recipe.prune.recalibrate, seed=self.recipe.seed)
+        (pruned, spec), own = self._cut(model, speed_up, before, chance), self.recipe.prune
+        counts = {"reconstructed": own.reconstruct, "recalibrated": own.recalibrate}
+        mend(model, pruned.model, spec, pruned.mask, self.data.train, **counts, seed=self.recipe.seed)
         return pruned

@@ -235,6 +235,11 @@ class Prune(Ranking, Removal):
         ge=0,
         description="images to recompute BN statistics with, after pruning; 0: off",
     )
+    reconstruct: int = Field(
+        default=0,
+        ge=0,
+        description="images to fit each layer to the unpruned one's outputs with, in place of recalibrate; 0: off",
+    )
     votes: PathLike | None = Field(
         default=None, description="a zoo of the same network, or its run: its tasks' votes multiply the scores"
     )
@@ -244,7 +249,8 @@ class Prune(Ranking, Removal):
     def _what_weights_know(self) -> Prune:
         if self.of_channels:
             return self
-        unknown = ["max_ratio", "round_to", "per_flop", "votes", *(["ranking", "limits"] if self.n_of_m else [])]
+        unknown = ["max_ratio", "round_to", "per_flop", "votes", "reconstruct"]
+        unknown += ["ranking", "limits"] if self.n_of_m else []
         for key in unknown:
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 hint = "; limits: {'*': 0.95} are of weights" if key == "max_ratio" and not self.n_of_m else ""

@@ -62,7 +62,7 @@ LAYERS = (
             "networks",
             "state_dict",
             "room",
-            "training",
+            *("training", "reconstruct"),
             "fit_options",
             "library_pruner",
             "gradients",
