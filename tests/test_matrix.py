@@ -22,7 +22,7 @@ from made_runs import call
 from rich.console import Console
 from torch import Tensor, nn
 
-from gmn import matrix, matrix_report, pipeline
+from gmn import matrix_report, matrix_runs, pipeline
 from gmn.checkpoint import save_text
 from gmn.errors import GmnError
 from gmn.matrix import Matrix
@@ -144,7 +144,8 @@ def test_a_stopped_run_goes_on(
     for name in lost:
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
     calls: list[Any] = []
-    monkeypatch.setattr(matrix, "compare", lambda *a, done=matrix.compare, **k: calls.append(a) or done(*a, **k))
+    done = matrix_runs.compare
+    monkeypatch.setattr(matrix_runs, "compare", lambda *a, **k: calls.append(a) or done(*a, **k))
     assert pipeline.meta_train(loaded(), folder, resume=True) == load_report(finished[0])
     assert len(calls) == compared
 
@@ -160,7 +161,7 @@ def test_a_run_killed_in_a_cell_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(matrix, "compare", killed)
+        patch.setattr(matrix_runs, "compare", killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.meta_train(loaded(), folder, resume=True)
     assert (folder / "cells" / "grey" / "rgb" / "models" / "base" / "model.json").is_file()
