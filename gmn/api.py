@@ -19,13 +19,12 @@ from gmn.data import Augment, Data
 from gmn.errors import CheckpointError, PruningError
 from gmn.example import stated_size
 from gmn.gradients import gradients_for
-from gmn.graph import GraphSpec
 from gmn.metanetwork import MetaNetwork
 from gmn.neighbours import ranking
-from gmn.ranking import Pruned
 from gmn.reader import OnUnknown
 from gmn.recipe import checked
 from gmn.reconstruct import mend
+from gmn.run import METANETWORK_FILE
 from gmn.settings import Criterion, Fit, Prune, Ranking
 from gmn.similarity import similarity_by_name
 from gmn.training import evaluate, fit
@@ -127,7 +126,7 @@ def zoo_path(path: Path) -> Path | None:
 
 def metanetwork_path(path: Path) -> Path:
     """The file of a metanetwork: the path itself, or `metanetwork.safetensors` in a run folder."""
-    file = path / "metanetwork.safetensors" if path.is_dir() else path
+    file = path / METANETWORK_FILE if path.is_dir() else path
     if not file.is_file():
         expected = "a run folder of gmn meta-train, a zoo, or a .safetensors file"
         hint = f"take a run of the matrix's {entries}" if (entries := path / "entries").is_dir() else None
@@ -207,8 +206,9 @@ def prune(
     current = model if rewritten is None else tune(rewritten, "after the metanetwork")
     gradients = None if data is None else gradients_for(own, current, data.train, seed=seed)
     pruned = prune_by_pattern(current, graph, example_inputs, config, own, gradients=gradients)
-    counts = {"reconstructed": reconstruct_images, "recalibrated": recalibrate_images, "seed": seed}
-    _mend(current, pruned, graph.spec, data, **counts)
+    if data is not None:
+        counts = {"reconstructed": reconstruct_images, "recalibrated": recalibrate_images}
+        mend(current, pruned, graph.spec, data.train, **counts, seed=seed)
     tune(pruned.model, "after pruning", mask=pruned.weights)
     return _result(pruned.model, pruned.before, example_inputs, data, pruned.weights)
 
@@ -220,11 +220,6 @@ def _refuse_without(data: Data | None, tunes: bool, reconstructs: int, otherwise
     if reconstructs and otherwise:
         expected = "channels that a criterion removed"
         raise PruningError("nothing to reconstruct", expected=expected, hint="leave reconstruct_images out")
-
-
-def _mend(model: nn.Module, pruned: Pruned, spec: GraphSpec, data: Data | None, **counts: int) -> None:
-    if data is not None:
-        mend(model, pruned.model, spec, pruned.mask, data.train, **counts)
 
 
 def _tuned(model: nn.Module, when: str, *, data: Data | None, finetune: Fit | None, **options: Any) -> nn.Module:

@@ -35,12 +35,11 @@ OUTSIDE = "outside"
 
 @dataclass(frozen=True)
 class Parcel(Generic[Job]):
-    """A job with its paths, the files that are there, and files from outside of the run folder."""
+    """A job with its paths, and the files that are there."""
 
     job: Job
     paths: Sequence[str]
     files: Files
-    outside: Files
 
 
 def share(
@@ -66,9 +65,9 @@ def share(
         GmnError: the first of a job, when all others are done.
     """
     failed: list[GmnError] = []
-    parcels = (Parcel(job, paths, pack(folder, paths), outside or {}) for job, paths in jobs.items())
+    parcels = (Parcel(job, paths, pack(folder, paths)) for job, paths in jobs.items())
     with track(title, len(jobs)) as advance:
-        for parcel, found in engine.map(partial(in_copy, work), parcels):
+        for parcel, found in engine.map(partial(in_copy, work, outside or {}), parcels):
             if isinstance(found, GmnError):
                 say(f"{_name(parcel.job)}: {found}")
                 failed.append(found)
@@ -83,11 +82,11 @@ def _name(job: object) -> str:
     return " ".join(str(part) for part in job) if isinstance(job, tuple) else str(job)
 
 
-def in_copy(work: Callable[[Path, Job], object], parcel: Parcel[Job]) -> Changes:
-    """Do a job in a copy of the folder; what then differs."""
+def in_copy(work: Callable[[Path, Job], object], outside: Files, parcel: Parcel[Job]) -> Changes:
+    """Do a job in a copy of the folder, with files from outside of it; what then differs."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        _write(folder, parcel.outside | parcel.files)
+        _write(folder, outside | parcel.files)
         work(folder, parcel.job)
         made = pack(folder, parcel.paths)
     changes: Changes = {path: made.get(path) for path in parcel.files.keys() | made.keys()}

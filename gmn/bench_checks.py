@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gmn.errors import GmnError, NetworkError
+from gmn.errors import NetworkError
 from gmn.graph import NetworkGraph
 
 SEED, FRESH = 0, 1  # seeds of the inputs that are traced, and of those that are compared
@@ -104,9 +104,3 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def one_line(problem: BaseException) -> str:
-    """The kind and the first line of an error; gmn's own errors speak for themselves."""
-    first = (str(problem).strip().splitlines() or [""])[0]
-    return first if isinstance(problem, GmnError) else f"{type(problem).__name__}: {first}".removesuffix(": ")

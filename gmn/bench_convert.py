@@ -25,7 +25,6 @@ from gmn.bench_checks import (
     differing,
     edited,
     equal,
-    one_line,
     outputs,
     randomise,
     unmoved,
@@ -33,6 +32,7 @@ from gmn.bench_checks import (
 )
 from gmn.checkpoint import save_json
 from gmn.convert import to_graph, to_model
+from gmn.errors import one_line
 from gmn.graph import NetworkGraph
 from gmn.groups import couplings
 from gmn.inspection import coverage

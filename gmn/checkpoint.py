@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import reprlib
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from gmn.builder import Layout
 from gmn.distributed import leader_writes
-from gmn.errors import MALFORMED, CheckpointError, GmnError, naming
+from gmn.errors import MALFORMED, CheckpointError, GmnError, naming, one_line
 from gmn.heads import head_counts, restore_heads
 from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network, without_fetching
@@ -29,7 +28,7 @@ from gmn.permission import refuse_code
 from gmn.processes import temporary_name
 from gmn.progress import say
 from gmn.room import Room
-from gmn.state_dict import UNREADABLE, one_line
+from gmn.state_dict import UNREADABLE, checksum
 from gmn.surgery import resize
 
 Stated = TypeVar("Stated", MetaNetworkConfig, Layout)
@@ -161,16 +160,6 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
         expected, got = f"{str(stated)[:16]}...", f"{found[:16]}..."
         raise CheckpointError("the file has another checksum", expected=expected, got=got, where=str(path))
     return tensors, meta, stated
-
-
-def checksum(tensors: dict[str, Tensor], meta: Any) -> str:
-    """SHA-256 of the header's text, and of the name, type, shape and bytes of every tensor."""
-    digest = hashlib.sha256(json.dumps(meta).encode())
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu()
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # -- optimizer ---------------------------------------------------------------------------------------------------------

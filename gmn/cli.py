@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -27,6 +29,9 @@ from gmn.cli_options import (
 from gmn.errors import GmnError
 from gmn.exits import Stopped, verdict
 from gmn.launch import SHARED, fail, rank
+
+if TYPE_CHECKING:
+    from gmn.recipe import AnyRecipe
 
 
 class Commands(TyperGroup):
@@ -71,6 +76,18 @@ def _overrides(fields: list[str] | None, seed: int | None) -> list[str]:
     return [*(fields or ()), *([] if seed is None else [f"seed={seed}"])]
 
 
+def _show(settings: AnyRecipe, folder: Path, work: Callable[..., dict[str, Any]], engine: str, **ask: Any) -> None:
+    """Let an engine do a recipe's work, in one process or several, and show what came out."""
+    from gmn import distributed, report
+    from gmn.engine import engine_named
+
+    chosen = engine_named(engine, **ask)
+    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
+        found = work(engine=worker)
+    if team.leads:
+        report.show(found, folder)
+
+
 META_TRAIN = (
     "Examples:  gmn meta-train quickstart   |   gmn meta-train my.yaml --seed 1 --resume   |   gmn meta-train matrix"
     "   |   accelerate launch -m gmn meta-train my.yaml   |   gmn meta-train votes.yaml --engine ray --address auto"
@@ -92,17 +109,13 @@ def meta_train(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Learn a metanetwork from data models, or several, or a zoo; then prune with it and without it, and compare."""
-    from gmn import distributed, pipeline, report  # torch takes seconds to import: not for --help
+    from gmn import pipeline  # torch takes seconds to import: not for --help
     from gmn import recipe as recipes
-    from gmn.engine import engine_named
 
     settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / settings.name
-    chosen = engine_named(engine, address=address, cpus=cpus, gpus=gpus)
-    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
-        found = pipeline.meta_train(settings, folder, resume=resume, overwrite=overwrite, engine=worker)
-    if team.leads:
-        report.show(found, folder)
+    work = partial(pipeline.meta_train, settings, folder, resume=resume, overwrite=overwrite)
+    _show(settings, folder, work, engine, address=address, cpus=cpus, gpus=gpus)
 
 
 PRUNE = "gmn prune my.yaml --meta runs/quickstart"
@@ -127,17 +140,13 @@ def prune(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Prune the recipe's network with what was learnt in another run."""
-    from gmn import distributed, pipeline, report
+    from gmn import pipeline
     from gmn import recipe as recipes
-    from gmn.engine import engine_named
 
     settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
     folder = run or Path("runs") / f"{settings.name}-pruned"
-    chosen = engine_named(engine, address=address, cpus=cpus, gpus=gpus)
-    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
-        found = pipeline.prune_recipe(settings, folder, meta, resume=resume, overwrite=overwrite, engine=worker)
-    if team.leads:
-        report.show(found, folder)
+    work = partial(pipeline.prune_recipe, settings, folder, meta, resume=resume, overwrite=overwrite)
+    _show(settings, folder, work, engine, address=address, cpus=cpus, gpus=gpus)
 
 
 @app.command(epilog="Example:  gmn report runs/quickstart")

@@ -21,7 +21,7 @@ from gmn.job import choose_device
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.recipe import dump_recipe
-from gmn.run import METANETWORK, Run
+from gmn.run import METANETWORK_FILE, Run
 from gmn.settings import Recipe
 from gmn.training import evaluate
 
@@ -87,7 +87,7 @@ def measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:
 
 BEFORE = (
     *("recipe.yaml", "environment.json", "metrics.jsonl"),
-    *("initial.json", METANETWORK, "metanetworks", "models/base", "models/start"),
+    *("initial.json", METANETWORK_FILE, "metanetworks", "models/base", "models/start"),
 )
 """What all rows need of the run folder."""
 
@@ -105,7 +105,7 @@ def share_rows(job: MetaJob, engine: Engine, trials: Iterable[Trial]) -> None:
 def _elsewhere(recipe: Recipe, data: Data, folder: Path, key: Key) -> None:
     """Make the networks of one row and seed in a copy of the run folder."""
     with Run(folder, dump_recipe(recipe), resume=True) as run:
-        path = folder / METANETWORK
+        path = folder / METANETWORK_FILE
         metanetwork, layout = load_metanetwork(path)[:2] if path.is_file() else (None, None)
         data = data.to(choose_device(recipe.device))
         job = MetaJob(with_weights_in(folder, recipe), run, data=data)

@@ -16,7 +16,7 @@ from gmn.cli_options import numbers
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.pipeline import reopened_metanetwork
-from gmn.run import reading
+from gmn.run import METANETWORK_FILE, reading
 
 
 def curve(run: Path, *, checkpoints: str | None, points: int, images: int, drop: float, finetune_images: int) -> None:
@@ -40,7 +40,7 @@ def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -
         path = job.checkpoint(epoch)
         if use:
             metanetwork, layout, _ = load_metanetwork(path)
-            path = run / "metanetwork.safetensors"
+            path = run / METANETWORK_FILE
             save_metanetwork(path, metanetwork, layout)
             job.run.log("use", checkpoint=epoch)
     print(f"checkpoint {epoch}: gmn prune RECIPE --meta {path}")

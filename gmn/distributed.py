@@ -8,7 +8,6 @@ finds on the disk, all find. Without a launcher there is one process, and nothin
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from torch import distributed as dist
 from gmn import progress
 from gmn.errors import GmnError, RecipeError, TrainingError
 from gmn.launch import processes
+from gmn.state_dict import checksum
 
 P = ParamSpec("P")
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ class Team:
         """
         if self.size == 1:
             return
-        own = torch.tensor([int.from_bytes(digest(module)[:7], "big")])
+        own = torch.tensor([int(checksum(module.state_dict())[:14], 16)])
         first = own.clone()
         self.agree([first])
         (different,) = self.total(float(bool(own != first)))
@@ -162,15 +162,6 @@ def leader_writes(write: Callable[P, None]) -> Callable[P, None]:
     return together
 
 
-def digest(module: nn.Module) -> bytes:
-    """A hash of a module's parameters and buffers."""
-    total = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.digest()
-
-
 @contextmanager
 def launched(device: str, method: str) -> Iterator[Team]:
     """Join the processes that a launcher has started, for a recipe's device and method; after the block all part.
@@ -200,7 +191,7 @@ def launched(device: str, method: str) -> Iterator[Team]:
 
 def _refuse(device: str, method: str) -> None:
     if method != "metanetwork":
-        hint = "share its work with --engine ray, or with gmn join" if method == "vote" else "run it in one process"
+        hint = f"share its work with --engine ray{' or with gmn join' if method == 'vote' else ''}"
         raise RecipeError("several processes are for `method: metanetwork`", got=method, hint=hint)
     if ":" in device:
         raise RecipeError("one device for all processes", expected="device: auto, cpu or cuda", got=device)

@@ -74,6 +74,12 @@ MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError
 """What code raises that meets content of another form than it expects, such as that of a file."""
 
 
+def one_line(problem: BaseException) -> str:
+    """The kind and the first line of an error; gmn's own errors speak for themselves."""
+    first = (str(problem).strip().splitlines() or [""])[0]
+    return first if isinstance(problem, GmnError) else f"{type(problem).__name__}: {first}".removesuffix(": ")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An error of the system inside the block names the file: a write that fails does not say which it was."""

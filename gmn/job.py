@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gmn.bookmark import Bookmark
-from gmn.checkpoint import checksum, is_saved, load_model, save_model
+from gmn.checkpoint import is_saved, load_model, save_model
 from gmn.data import Augment, Data, load_data
 from gmn.distributed import team
 from gmn.errors import GmnError
@@ -21,6 +21,7 @@ from gmn.run import UNDER_WAY, Run
 from gmn.settings import DEVICES, Common, Fit
 from gmn.settings_fit import Section
 from gmn.stages import stage
+from gmn.state_dict import checksum
 from gmn.training import evaluate, fit
 
 
@@ -75,7 +76,7 @@ class Job:
 
     def beginning(self, model: nn.Module, settings: Section, index: int, title: str) -> str:
         """A name for a training: a digest of what it begins with."""
-        return checksum(dict(model.state_dict()), [title, self.seed(index), settings.model_dump()])[:16]
+        return checksum(model.state_dict(), [title, self.seed(index), settings.model_dump()])[:16]
 
     def bookmark(self, name: str) -> Bookmark | None:
         """Where a training is kept while it is under way; nowhere if several processes share it."""

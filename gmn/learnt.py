@@ -11,8 +11,7 @@ from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork
 from gmn.errors import CheckpointError, GmnError
 from gmn.metanetwork import MetaNetwork
-from gmn.run import METANETWORK as FILE
-from gmn.run import Run, is_run
+from gmn.run import METANETWORK_FILE, Run, is_run
 from gmn.run_cost import LEARNT, METANETWORK, meta_training
 from gmn.settings import Recipe
 
@@ -77,4 +76,4 @@ def _source(run: Run, row: str, path: Path) -> Path:
 
 
 def _place(row: str) -> str:
-    return FILE if row == METANETWORK else f"metanetworks/{row}.safetensors"
+    return METANETWORK_FILE if row == METANETWORK else f"metanetworks/{row}.safetensors"

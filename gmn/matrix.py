@@ -7,14 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from gmn.away import share
 from gmn.checkpoint import save_json
 from gmn.engine import HERE, Engine
 from gmn.errors import ConversionError, GmnError
-from gmn.job import load
-from gmn.matrix_runs import Key, Runs, data_of, elsewhere, outside_of, paths_of
+from gmn.matrix_runs import Key, Runs, elsewhere, outside_of, paths_of
 from gmn.meta_job import MetaJob
 from gmn.run import Run, is_run, load_report
 from gmn.settings_matrix import MatrixRecipe
@@ -66,9 +63,7 @@ class Matrix:
         done = {key for key in (*entries, *self.recipe.cells) if self.runs.is_done(key)}
         if len(done) == len(entries) + len(self.recipe.cells):
             return
-        recipes = {data_of(own): own for own in (self.recipe.entries[label] for label in self.recipe.used)}
-        data = {key: load(recipe, torch.device("cpu")) for key, recipe in recipes.items()}
-        work, outside = partial(elsewhere, self.recipe, data), outside_of(self.recipe)
+        work, outside = partial(elsewhere, self.recipe, self.runs.data()), outside_of(self.recipe)
         for title, keys in (("entries", entries), ("cells", self.recipe.cells)):
             jobs = {key: paths_of(key) for key in keys if key not in done}
             share(self.engine, work, self.folder, jobs, title, outside=outside)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from gmn.api import metanetwork_path
 from gmn.away import Files, weights_of, with_weights_in
 from gmn.checkpoint import load_metanetwork, save_bytes
@@ -20,7 +22,7 @@ from gmn.learnt import Learnt
 from gmn.meta_job import MetaJob
 from gmn.progress import say
 from gmn.recipe import dump_recipe
-from gmn.run import METANETWORK, Run
+from gmn.run import METANETWORK_FILE, Run
 from gmn.settings import Recipe
 from gmn.settings_matrix import MatrixRecipe
 
@@ -30,6 +32,8 @@ BEFORE = ("initial.json", *(f"models/{name}/{file}" for name in ("base", "start"
 
 Key = tuple[str, ...]
 """A run of a matrix: (label,) is an entry, (row, column) a cell."""
+Loaded = dict[str, Data]
+"""By what tells the data of two entries apart."""
 
 
 class Runs:
@@ -38,21 +42,19 @@ class Runs:
     Args:
         recipe: What to do.
         folder: The matrix's run folder, or a copy of parts of it.
-        data: What is loaded already, see `data_of`.
+        data: What is loaded already, as `data()` returns it.
         copied: Whether the folder has its own copy of the files that recipes take weights from.
     """
 
-    def __init__(
-        self, recipe: MatrixRecipe, folder: Path, data: dict[str, Data] | None = None, *, copied: bool = False
-    ) -> None:
+    def __init__(self, recipe: MatrixRecipe, folder: Path, data: Loaded | None = None, *, copied: bool = False) -> None:
         self.recipe, self.folder, self.copied = recipe, folder, copied
-        self._data = {} if data is None else dict(data)  # read once, whatever the number of cells
+        self._loaded = {} if data is None else dict(data)  # read once, whatever the number of cells
 
     def is_done(self, key: Key) -> bool:
         """Whether the run of an entry or a cell has what it is made for."""
         if len(key) == 2:
             return (self.folder / "cells" / key[0] / key[1] / "report.json").is_file()
-        last = "report.json" if key[0] in self.recipe.networks else METANETWORK
+        last = "report.json" if key[0] in self.recipe.networks else METANETWORK_FILE
         return (self.folder / "entries" / key[0] / last).is_file()
 
     def entry(self, label: str) -> Path:
@@ -76,10 +78,10 @@ class Runs:
         recipe = recipe.model_copy(update={"report": recipe.report.model_copy(update={"baselines": []})})
         with Run(folder, dump_recipe(recipe), resume=True) as run:
             run.start()
-            run.adopt(home / column / METANETWORK)
+            run.adopt(home / column / METANETWORK_FILE)
             if not self.is_done((row, column)):
                 say(f"{row} with the metanetwork of {column}")
-                metanetwork, layout, _ = load_metanetwork(home / column / METANETWORK)
+                metanetwork, layout, _ = load_metanetwork(home / column / METANETWORK_FILE)
                 for name in BEFORE:
                     if (home / row / name).is_file() and not (folder / name).is_file():
                         save_bytes(folder / name, (home / row / name).read_bytes())
@@ -96,18 +98,26 @@ class Runs:
     ) -> MetaJob:
         if self.copied:
             recipe = with_weights_in(self.folder, recipe, label)
-        device, key = choose_device(recipe.device), data_of(recipe)
-        if key not in self._data:
-            self._data[key] = load(recipe, device)
-        return MetaJob(recipe, run, learnt, data=self._data[key].to(device), learns=learns)
+        device = choose_device(recipe.device)
+        return MetaJob(recipe, run, learnt, data=self._data_of(recipe).to(device), learns=learns)
+
+    def data(self) -> Loaded:
+        """What all entries need, on the CPU."""
+        recipes = [self.recipe.entries[label] for label in self.recipe.used]
+        return {_key_of(recipe): self._data_of(recipe).to(torch.device("cpu")) for recipe in recipes}
+
+    def _data_of(self, recipe: Recipe) -> Data:
+        key = _key_of(recipe)
+        if key not in self._loaded:
+            self._loaded[key] = load(recipe, choose_device(recipe.device))
+        return self._loaded[key]
 
 
-def data_of(recipe: Recipe) -> str:
-    """What tells the data of two entries apart."""
+def _key_of(recipe: Recipe) -> str:
     return recipe.model_dump_json(include={"data", "seed", "device"})
 
 
-def elsewhere(recipe: MatrixRecipe, data: dict[str, Data], folder: Path, key: Key) -> None:
+def elsewhere(recipe: MatrixRecipe, data: Loaded, folder: Path, key: Key) -> None:
     """Make one run in a copy of the folder."""
     runs = Runs(recipe, folder, data, copied=True)
     runs.entry(*key) if len(key) == 1 else runs.cell(*key)
@@ -119,7 +129,7 @@ def paths_of(key: Key) -> list[str]:
         return [f"entries/{key[0]}"]
     row, column = key
     before = [f"entries/{row}/{name}" for name in BEFORE]
-    return [*before, f"entries/{column}/{METANETWORK}", f"cells/{row}/{column}"]
+    return [*before, f"entries/{column}/{METANETWORK_FILE}", f"cells/{row}/{column}"]
 
 
 def outside_of(recipe: MatrixRecipe) -> Files:

@@ -29,7 +29,7 @@ from gmn.meta_train import TITLE, DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
 from gmn.prune_job import PruneJob
-from gmn.run import METANETWORK, Run
+from gmn.run import METANETWORK_FILE, Run
 from gmn.settings import Fit, Recipe
 from gmn.stages import stage
 from gmn.trace import clone
@@ -200,7 +200,7 @@ class MetaJob(PruneJob):
 
         Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.
         """
-        target = self.run.folder / METANETWORK
+        target = self.run.folder / METANETWORK_FILE
         if not is_readable(target, "the checkpoint is chosen again"):
             scores: dict[int, float] = {}
             epochs = [0, *self.checkpoints()]

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmn.cifar import VGG_STAGES, CifarResNet, CifarVGG
-from gmn.errors import GmnError, NetworkError
+from gmn.errors import GmnError, NetworkError, one_line
 from gmn.names import accepted, import_function, nearest
-from gmn.state_dict import one_line, read_state_dict
+from gmn.state_dict import read_state_dict
 
 CIFAR_RESNETS = (8, 14, 20, 32, 44, 56, 110)
 """The depths proposed when a name is unknown; any depth 6n + 2 can be built."""

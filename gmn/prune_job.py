@@ -180,5 +180,5 @@ class PruneJob(Job):
         """
         (pruned, spec), own = self._cut(model, speed_up, before, chance), self.recipe.prune
         counts = {"reconstructed": own.reconstruct, "recalibrated": own.recalibrate}
-        mend(model, pruned.model, spec, pruned.mask, self.data.train, **counts, seed=self.recipe.seed)
+        mend(model, pruned, spec, self.data.train, **counts, seed=self.recipe.seed)
         return pruned

@@ -27,6 +27,7 @@ from gmn.graph import GraphSpec
 from gmn.groups import KeepMask
 from gmn.masks import entries
 from gmn.progress import track
+from gmn.ranking import Pruned
 from gmn.trace import evaluation
 from gmn.training import generator, recalibrate
 
@@ -43,7 +44,7 @@ Rows = tuple[Tensor, Tensor]
 def reconstruct(
     model: nn.Module, smaller: nn.Module, spec: GraphSpec, mask: KeepMask, split: Split, images: int, *, seed: int = 0
 ) -> None:
-    """Fit the layers of a pruned network to what they did in the unpruned one, in place; 0 images: do nothing.
+    """Fit the layers of a pruned network to what they did in the unpruned one, in place.
 
     Batch norms keep their statistics, which belong to the unpruned outputs. As they are stay layers with groups, that
     run twice, share their weight, or are of a kind of their own, and those with too few images for their size.
@@ -55,36 +56,27 @@ def reconstruct(
         split: Training images.
         images: How many of them; for every layer both networks run on them, up to that layer.
     """
-    if not images:
-        return
     kept = entries(spec, {name: value.shape for name, value in model.named_parameters()}, mask.keep)
     batches = lambda: split.batches(BATCH, generator=generator(seed, 0), limit=images)  # noqa: E731
+    places = max(1, ROWS // min(images, len(split)))
     with evaluation(model), evaluation(smaller), torch.no_grad():
         names = [name for name in _in_order(smaller, next(batches())[0][:1]) if f"{name}.weight" in kept]
         with track("fitting layers", len(names)) as advance:
             for name in names:
-                stays, places = kept[f"{name}.weight"].flatten(1).any(1), max(1, ROWS // min(images, len(split)))
+                stays = kept[f"{name}.weight"].flatten(1).any(1)
                 _fit(smaller.get_submodule(name), _rows(model, smaller, name, stays, batches(), places))
                 advance(name)
 
 
 def mend(
-    model: nn.Module,
-    smaller: nn.Module,
-    spec: GraphSpec,
-    mask: KeepMask,
-    split: Split,
-    *,
-    reconstructed: int,
-    recalibrated: int,
-    seed: int = 0,
+    model: nn.Module, pruned: Pruned, spec: GraphSpec, split: Split, *, reconstructed: int, recalibrated: int, seed: int
 ) -> None:
     """What follows surgery, in place: `reconstruct` on so many images, or else `recalibrate` on so many."""
     if reconstructed:
-        reconstruct(model, smaller, spec, mask, split, reconstructed, seed=seed)
-        team().agree(smaller.state_dict().values())
+        reconstruct(model, pruned.model, spec, pruned.mask, split, reconstructed, seed=seed)
+        team().agree(pruned.model.state_dict().values())
     else:
-        recalibrate(smaller, split, recalibrated, seed=seed)
+        recalibrate(pruned.model, split, recalibrated, seed=seed)
 
 
 def _in_order(model: nn.Module, example: Tensor) -> list[str]:

@@ -40,7 +40,7 @@ from gmn.progress import say
 
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
 UNDER_WAY = "under-way"
-METANETWORK = "metanetwork.safetensors"
+METANETWORK_FILE = "metanetwork.safetensors"
 
 
 class Run:
@@ -125,7 +125,7 @@ class Run:
         if before not in (None, now):
             say(f"warning: the run was begun with {before} threads and goes on with {now}: its last digits may differ")
 
-    def adopt(self, metanetwork: Path, name: str = METANETWORK) -> None:
+    def adopt(self, metanetwork: Path, name: str = METANETWORK_FILE) -> None:
         """Keep a copy of the metanetwork; GmnError if the run was begun with another one."""
         mine = self.folder / name
         if not mine.is_file():

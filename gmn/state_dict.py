@@ -7,7 +7,9 @@ torch.save    `weights_only`; every record stored, none compressed; first read w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gmn.errors import CheckpointError
+from gmn.errors import CheckpointError, one_line
 
 # what safetensors and the unpickler raise on torn or foreign bytes
 UNREADABLE = (
@@ -54,10 +56,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return _state_dict(content, path)
 
 
-def one_line(problem: Exception) -> str:
-    """The kind of an exception and the first line of what it says."""
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
+def checksum(tensors: Mapping[str, Tensor], meta: Any = None) -> str:
+    """SHA-256 of a header's text, and of the name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps(meta).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _unpickled(path: Path) -> Any:

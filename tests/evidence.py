@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gmn.checkpoint import checksum, load_json, load_tensors
+from gmn.checkpoint import load_json, load_tensors
 from gmn.jsonl import read_lines
+from gmn.state_dict import checksum
 from gmn.zoo import Zoo
 
 RANDOM = re.compile(r"\.[0-9a-f]{8}\.safetensors")  # in the names of a zoo's files

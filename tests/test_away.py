@@ -156,7 +156,7 @@ def home(tmp_path: Path) -> Path:
 def test_what_travels_back(home: Path) -> None:
     paths = ["own", "log.jsonl", "absent"]
     assert set(pack(home, paths)) == {"own/old.txt", "own/same.txt", "log.jsonl"}
-    changes = in_copy(work, Parcel("b", paths, pack(home, paths), {"sent/a.txt": b"!"}))
+    changes = in_copy(work, {"sent/a.txt": b"!"}, Parcel("b", paths, pack(home, paths)))
     assert changes == {"own/new.txt": b"b!", "own/old.txt": None, "log.jsonl": b'{"job": "b"}\n'}
     (home / "log.jsonl").write_text('{"job": "first"}\n{"job": "between"}\n')
     apply(home, changes)

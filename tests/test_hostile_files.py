@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from seal import seal
+from seal import with_meta
 from torch import nn
 
 import gmn
@@ -162,21 +162,6 @@ def test_a_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 # -- metanetworks, saved networks, graph files -------------------------------------------------------------------------
-
-
-def with_meta(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Change the JSON that a file of gmn has in its header."""
-    whole = path.read_bytes()
-    end = 8 + int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8:end])
-    meta = json.loads(header["__metadata__"]["gmn"])
-    change(meta)
-    header["__metadata__"]["gmn"] = json.dumps(meta)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
-    if "sha256" in meta and "content" in meta:
-        seal(path)
-    return path
 
 
 @pytest.mark.parametrize(

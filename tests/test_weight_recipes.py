@@ -163,6 +163,7 @@ def test_a_metanetwork_prunes_to_another_pattern(finished: Finished, tmp_path: P
     data, base = gmn.load_data("digits", limit=64), gmn.load_model(folder / "models" / "base")
     own = {"pattern": "2:4", "data": data, "finetune": gmn.Fit(epochs=1, lr=0.01, batch_size=32)}
     pruned = gmn.prune(base, data.example_inputs(), meta=gmn.load(folder), **own)
+    assert pruned.mask is not None
     refuse_more_than_the_pattern("2:4", pruned.model)
 
 

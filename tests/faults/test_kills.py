@@ -156,7 +156,7 @@ def test_a_worker_of_a_zoo_is_killed(order: Order, vote: Whole, tmp_path: Path) 
 @pytest.mark.soak
 @pytest.mark.parametrize("tick", moments(150, 10, seed=2))
 def test_workers_of_a_zoo_are_killed(order: Order, vote: Whole, tmp_path: Path, tick: int) -> None:
-    build_together(order, vote, tmp_path, tick)
+    assert build_together(order, vote, tmp_path, tick) in (0, -signal.SIGKILL)  # it may have been done before
 
 
 def build_together(order: Order, vote: Whole, tmp_path: Path, tick: int | str) -> int:
