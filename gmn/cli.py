@@ -302,12 +302,19 @@ def study(
     targets: Annotated[int, typer.Option("--targets", min=1, help="At most so many tasks are averaged over.")] = 12,
     neighbours: Annotated[str, typer.Option("--neighbours", help="Numbers of neighbours.")] = "1,3,5,10",
     iterations: Annotated[str | None, typer.Option("--iterations", help="Numbers of steps.")] = None,
+    engine: EngineOption = "here",
+    address: AddressOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Study a finished vote run: what similar tasks share, and how the vote's accuracy depends on its settings."""
     from gmn import study_cli
+    from gmn.engine import engine_named
 
-    study_cli.study(name, run, similarity=similarity, targets=targets, neighbours=neighbours, iterations=iterations)
+    counts = {"neighbours": neighbours, "iterations": iterations}
+    with engine_named(engine, address=address, cpus=cpus, gpus=gpus) as worker:
+        study_cli.study(name, run, similarity=similarity, targets=targets, **counts, engine=worker)
 
 
 app.add_typer(bench_app, name="bench")

@@ -27,7 +27,7 @@ NetworkOption = Annotated[
 
 
 EngineOption = Annotated[
-    str, typer.Option("--engine", help="here, or ray: where tasks of a zoo, rows of a table and cells are pruned.")
+    str, typer.Option("--engine", help="here, or ray: where tasks of a zoo, rows of a table, cells, trials are done.")
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Of a Ray cluster: auto, host:port. Default: one of this machine.")

@@ -46,7 +46,7 @@ def meta_train(
     Everything finished is kept in the run folder, so that `resume` goes on where a run stopped.
 
     Args:
-        engine: Who prunes the tasks of a zoo, makes the rows of a comparison, the entries and the cells of a matrix.
+        engine: Where tasks of a zoo, rows of a comparison, entries and cells of a matrix are made.
     """
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
     with run, allow_code(only=_named_by(recipe)):  # what the run saves names it too
@@ -73,8 +73,6 @@ def prune_recipe(
     """
     if isinstance(recipe, MatrixRecipe):
         raise RecipeError("a matrix learns what it prunes with", hint=f"gmn meta-train {recipe.name}")
-    if engine.remote and isinstance(recipe, VoteRecipe):
-        raise RecipeError("no cluster makes the rows of a vote", hint="other processes share them with: gmn join RUN")
     zoo = zoo_path(meta)
     path = zoo or metanetwork_path(meta)
     if (zoo is not None) != isinstance(recipe, VoteRecipe):
@@ -86,7 +84,7 @@ def prune_recipe(
     run = Run(folder, dump_recipe(recipe), resume=resume, overwrite=overwrite)
     with run, allow_code(only=_named_by(recipe)):  # what the run saves names it too
         if isinstance(recipe, VoteRecipe):
-            return _prune_with_votes(recipe, run, path)
+            return _prune_with_votes(recipe, run, path, engine)
         metanetwork, layout, _ = load_metanetwork(path)
         job = MetaJob(recipe, run, (metanetwork, layout))
         adopt(run, METANETWORK, path)
@@ -103,7 +101,7 @@ def join(folder: Path) -> None:
     measured(job, planned(job)[::-1], "comparing, from the end")
 
 
-def reopened(folder: Path) -> VoteJob:
+def reopened(folder: Path, engine: Engine = HERE) -> VoteJob:
     """A vote run that is there, to go on with; RecipeError if it has no zoo of its own."""
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, VoteRecipe):
@@ -111,7 +109,7 @@ def reopened(folder: Path) -> VoteJob:
     if found := voters(folder):
         hint = f"its voters are in {found[0]}"
         raise RecipeError("the run has no zoo", expected="a run of gmn meta-train", got=str(folder), hint=hint)
-    return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True, shared=True))
+    return VoteJob(recipe, Run(folder, dump_recipe(recipe), resume=True, shared=True), engine=engine)
 
 
 def reopened_metanetwork(folder: Path) -> MetaJob:
@@ -138,16 +136,16 @@ def _learn_metanetwork(recipe: Recipe, run: Run, engine: Engine) -> Report:
 
 
 def _learn_votes(recipe: VoteRecipe, run: Run, engine: Engine) -> Report:
-    job = VoteJob(recipe, run)
-    job.build(engine)
+    job = VoteJob(recipe, run, engine=engine)
+    job.build()
     return compare_votes(job)
 
 
-def _prune_with_votes(recipe: VoteRecipe, run: Run, zoo: Path) -> Report:
+def _prune_with_votes(recipe: VoteRecipe, run: Run, zoo: Path, engine: Engine) -> Report:
     own = recipe.network.model_dump(include={"name", "options"})
     if stated := Zoo.open(zoo).about.get("network"):
         check_same("the zoo is of another network than the recipe's", own, stated, zoo)
-    job = VoteJob(recipe, run, zoo)
+    job = VoteJob(recipe, run, zoo, engine)
     found = voters(run.folder)
     if found is None:
         save_json(run.folder / VOTERS, {"zoo": str(zoo), "network_sha256": digest(zoo)})

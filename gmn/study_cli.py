@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gmn import vote_page
 from gmn.cli_options import numbers
+from gmn.engine import HERE, Engine
 from gmn.names import refuse_unknown
 from gmn.pipeline import reopened
 from gmn.run import load_report, open_run
@@ -15,11 +16,19 @@ from gmn.studies import study as make
 
 
 def study(
-    name: str, run: Path, *, similarity: str | None, targets: int, neighbours: str, iterations: str | None
+    name: str,
+    run: Path,
+    *,
+    similarity: str | None,
+    targets: int,
+    neighbours: str,
+    iterations: str | None,
+    engine: Engine = HERE,
 ) -> None:
     """Make a study of a vote run and write its page.
 
     Args:
+        engine: Where trials that nobody has made yet are trained.
         neighbours, iterations: Numbers with commas; None for iterations takes fractions of the recipe's steps.
 
     Raises:
@@ -30,7 +39,7 @@ def study(
     load_report(open_run(run))  # a run that is not finished would be finished first
     if similarity is not None:
         similarity_by_name(similarity)
-    job = reopened(run)
+    job = reopened(run, engine)
     steps = job.recipe.vote.fit.iterations or 1
     usual = (
         [max(1, steps // 5), steps] if name == "similarity" else [max(1, steps * n // 10) for n in (1, 2, 5, 10, 20)]

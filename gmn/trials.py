@@ -7,7 +7,9 @@
     short     the zoo's pruner within the same steps
     long      the zoo's pruner with many times the steps
 
-A trial is finished once: validation images chose nothing in it, test images are read at its end.
+A trial has two parts. What needs the zoo begins it: neighbours are found, they vote, a network is cut out. What needs
+the images of the task alone, training and measuring, may be done on another machine. Validation images choose nothing
+in it; test images are read once, at its end.
 """
 
 from __future__ import annotations
@@ -15,24 +17,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from gmn.costs import cost, training_flops
-from gmn.data import Data
+from gmn.data import Augment, Data
 from gmn.errors import GmnError
-from gmn.filter_pruning import Shrunk
 from gmn.groups import KeepMask
 from gmn.settings import Fit
-from gmn.tasks import with_layer
+from gmn.tasks import task_data, with_layer
 from gmn.training import evaluate, fit
 from gmn.vote import draw
 from gmn.vote_job import VoteJob
 from gmn.vote_prune import cut_out, vote_for
 from gmn.zoo import Task
-from gmn.zoo_build import pruner
+from gmn.zoo_build import CPU, Device, Pruner, pruner
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,34 @@ class Trial:
     group: int = 0
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A network at the end of a trial."""
+Training = Callable[[nn.Module, Data, int], tuple[nn.Module, float]]
+"""Of a network on a task's data, with a seed; what comes out, and the FLOPs it took. It may travel."""
 
+
+@dataclass(frozen=True)
+class Begun:
+    """A trial whose network is chosen.
+
+    Attributes:
+        model: With a head for the task, before its training.
+        keep: The nodes of the full network that it has; None where the training decides.
+    """
+
+    trial: Trial
+    task: Task
+    seed: int
     model: nn.Module
-    keep: KeepMask | None
-    training_flops: float
+    train: Training
+    keep: KeepMask | None = None
     search_flops: float = 0.0
 
-    def shrunk(self) -> Shrunk:
-        """The same for a zoo."""
-        if self.keep is None:
-            raise GmnError("a network without a mask cannot join a zoo")
-        return Shrunk(self.model, self.keep, self.training_flops)
+
+@dataclass(frozen=True)
+class Finished:
+    """A network at the end of a trial, and what was measured."""
+
+    model: nn.Module
+    result: dict[str, Any]
 
 
 def plan(job: VoteJob, row: str, target: Task, seed: int, **more: Any) -> Trial:
@@ -85,45 +101,51 @@ def plan(job: VoteJob, row: str, target: Task, seed: int, **more: Any) -> Trial:
     return trial
 
 
-def run_trial(job: VoteJob, trial: Trial) -> tuple[Finished, dict[str, Any]]:
-    """Make the network, and measure it.
+def begin(job: VoteJob, trial: Trial) -> Begun:
+    """Choose the network of a trial.
 
     Raises:
         GmnError: if the method cannot be applied, such as to a zoo without enough sound neighbours.
     """
     task = next(task for task in job.targets if task.name == trial.target)
-    data = job.data_of(task)
-    finished = ROWS[trial.row](job, trial, task, data)
-    after = cost(finished.model, job.example)
-    return finished, {
-        **dataclasses.asdict(trial),
-        "validation_accuracy": evaluate(finished.model, data.val).accuracy,
-        "test_accuracy": evaluate(finished.model, data.test).accuracy,
-        "training_flops": finished.training_flops,
-        "search_flops": finished.search_flops,
+    return ROWS[trial.row](job, trial, task)
+
+
+def finish(data: Data, device: Device | None, begun: Begun) -> Finished:
+    """Train the network of a trial, and measure it.
+
+    Args:
+        data: All images; the task's are taken out of them.
+        device: Says in a worker elsewhere where to train; what comes back is on the CPU.
+
+    Raises:
+        GmnError: if the training cannot go on.
+    """
+    at = None if device is None else device()
+    own = task_data(data if at is None else data.to(at), begun.task.classes)
+    model, spent = begun.train(begun.model if at is None else begun.model.to(at), own, begun.seed)
+    after = cost(model, own.example_inputs())
+    result = {
+        **dataclasses.asdict(begun.trial),
+        "validation_accuracy": evaluate(model, own.val).accuracy,
+        "test_accuracy": evaluate(model, own.test).accuracy,
+        "training_flops": spent,
+        "search_flops": begun.search_flops,
         **dataclasses.asdict(after),
     }
+    return Finished(model if at is None else model.to(CPU), result)
 
 
 # -- the methods -------------------------------------------------------------------------------------------------------
 
 
-def _vote(job: VoteJob, trial: Trial, task: Task, data: Data) -> Finished:
+def _vote(job: VoteJob, trial: Trial, task: Task) -> Begun:
     found = job.ranking(task, trial.similarity)
     names = found.nearest(trial.neighbours) if not trial.group else _some(found.group(trial.group), trial)
-    config, recipe = _tuning(job, trial), job.recipe
-    model, mask = vote_for(
-        job.backbone,
-        job.zoo,
-        names,
-        data,
-        config,
-        ratio=recipe.ratio,
-        tau=recipe.vote.tau,
-        seed=job.seed(trial.seed),
-        augment=job.augment,
-    )
-    return Finished(model, mask, _tuning_flops(job, model, config, data), found.flops)
+    seed, recipe = job.seed(trial.seed), job.recipe
+    options = {"ratio": recipe.ratio, "tau": recipe.vote.tau, "seed": seed}
+    model, mask = vote_for(job.backbone, job.zoo, names, job.data_of(task), None, **options)
+    return Begun(trial, task, seed, model, _tuning(job, trial), mask, found.flops)
 
 
 def _some(names: list[str], trial: Trial) -> list[str]:
@@ -134,44 +156,46 @@ def _some(names: list[str], trial: Trial) -> list[str]:
     return [names[index] for index in order[: trial.neighbours].tolist()]
 
 
-def _random(job: VoteJob, trial: Trial, task: Task, data: Data) -> Finished:
+def _random(job: VoteJob, trial: Trial, task: Task) -> Begun:
     coupled, seed = job.backbone.coupled, job.seed(trial.seed)
     generator = torch.Generator().manual_seed(seed)
     keep = draw(torch.zeros(coupled.num_channels), coupled, job.recipe.ratio, generator, tau=1.0)
     mask = KeepMask(coupled.nodes(keep))
-    model = cut_out(job.backbone, job.backbone.model.state_dict(), mask, data.num_classes, seed=seed)
-    return _tuned(job, trial, model, mask, data)
+    model = cut_out(job.backbone, job.backbone.model.state_dict(), mask, len(task.classes), seed=seed)
+    return Begun(trial, task, seed, model, _tuning(job, trial), mask)
 
 
-def _reptile(job: VoteJob, trial: Trial, task: Task, data: Data) -> Finished:
-    model = with_layer(job.reptile_network, job.backbone.head, data.num_classes, seed=job.seed(trial.seed))
-    return _tuned(job, trial, model, None, data)
-
-
-def _pruned(job: VoteJob, trial: Trial, task: Task, data: Data) -> Finished:
+def _reptile(job: VoteJob, trial: Trial, task: Task) -> Begun:
     seed = job.seed(trial.seed)
-    model = job.backbone.with_head(data.num_classes, seed=seed)
-    config = job.recipe.zoo.pruning.within(trial.iterations)
-    shrunk = pruner(config, job.example, job.recipe.ratio, augment=job.augment)(model, data.train, seed)
-    return Finished(shrunk.model, KeepMask(job.backbone.widened(shrunk.keep.keep)), shrunk.training_flops)
+    model = with_layer(job.reptile_network, job.backbone.head, len(task.classes), seed=seed)
+    return Begun(trial, task, seed, model, _tuning(job, trial))
 
 
-def _tuned(job: VoteJob, trial: Trial, model: nn.Module, mask: KeepMask | None, data: Data) -> Finished:
-    config = _tuning(job, trial)
-    fit(model, data.train, config, seed=job.seed(trial.seed), augment=job.augment, title=trial.row)
-    return Finished(model, mask, _tuning_flops(job, model, config, data))
+def _pruned(job: VoteJob, trial: Trial, task: Task) -> Begun:
+    seed, recipe = job.seed(trial.seed), job.recipe
+    prune = pruner(recipe.zoo.pruning.within(trial.iterations), job.example, recipe.ratio, augment=job.augment)
+    return Begun(trial, task, seed, job.backbone.with_head(len(task.classes), seed=seed), partial(_prune, prune))
 
 
-def _tuning(job: VoteJob, trial: Trial) -> Fit:
-    return job.recipe.vote.fit.model_copy(update={"iterations": trial.iterations})
+def _prune(prune: Pruner, model: nn.Module, data: Data, seed: int) -> tuple[nn.Module, float]:
+    shrunk = prune(model, data.train, seed)
+    return shrunk.model, shrunk.training_flops
 
 
-def _tuning_flops(job: VoteJob, model: nn.Module, config: Fit, data: Data) -> float:
+def _tuning(job: VoteJob, trial: Trial) -> Training:
+    config = job.recipe.vote.fit.model_copy(update={"iterations": trial.iterations})
+    return partial(_tune, config, job.augment, trial.row)
+
+
+def _tune(
+    config: Fit, augment: Augment, title: str, model: nn.Module, data: Data, seed: int
+) -> tuple[nn.Module, float]:
+    fit(model, data.train, config, seed=seed, augment=augment, title=title)
     images = (config.iterations or 0) * min(config.batch_size, len(data.train))
-    return training_flops(model, job.example, images)
+    return model.eval(), training_flops(model, data.example_inputs(), images)
 
 
-Method = Callable[[VoteJob, Trial, Task, Data], Finished]
+Method = Callable[[VoteJob, Trial, Task], Begun]
 ROWS: dict[str, Method] = {
     **{"vote": _vote, "nearest": _vote, "random": _random, "reptile": _reptile},
     **{"short": _pruned, "long": _pruned},

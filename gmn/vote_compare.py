@@ -6,18 +6,22 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gmn.checkpoint import save_json, save_model
+from gmn.errors import GmnError
+from gmn.filter_pruning import Shrunk
+from gmn.job import choose_device
 from gmn.jsonl import append_line, read_lines
 from gmn.progress import say, track
 from gmn.spread import spread
-from gmn.trials import Finished, Trial, plan, run_trial
+from gmn.trials import Begun, Finished, Trial, begin, finish, plan
 from gmn.vote_job import VoteJob
 from gmn.zoo import save_task
-from gmn.zoo_build import stored
+from gmn.zoo_build import CPU, stored
 
 KEYS = [field.name for field in dataclasses.fields(Trial)]
 Result = dict[str, Any]
@@ -54,21 +58,49 @@ def planned(job: VoteJob) -> list[Trial]:
 def measured(job: VoteJob, wanted: Sequence[Trial], title: str) -> list[Result]:
     """The results of trials, from results.jsonl where they are there, else run now and kept there.
 
+    The job's engine trains and measures networks; this process chooses them, and keeps what is found.
+
+    Raises:
+        GmnError: the first of a trial, when all others are done.
+    """
+    path, failed, remote = job.run.folder / "results.jsonl", list[GmnError](), job.engine.remote
+    data, device = (job.data.to(CPU), partial(choose_device, job.recipe.device)) if remote else (job.data, None)
+    with track(title, len(wanted)) as advance:
+        for begun, found in job.engine.map(partial(finish, data, device), _missing(job, path, wanted, advance)):
+            if isinstance(found, GmnError):
+                say(f"{_name(begun.trial)}: {found}")
+                failed.append(found)
+                continue
+            if job.foreign:
+                _save(job, begun, found)
+            append_line(path, found.result)
+            advance(_said(begun.trial, found.result))
+    if failed:
+        raise failed[0]
+    results = _known(path)
+    return [results[_key(dataclasses.asdict(trial))] for trial in wanted]
+
+
+def _missing(job: VoteJob, path: Path, wanted: Iterable[Trial], advance: Callable[[str], object]) -> Iterator[Begun]:
+    """The trials that nobody has finished, begun when there is room for them.
+
     The file is read before every trial: another process may have finished it, working from the other end.
     """
-    path = job.run.folder / "results.jsonl"
-    results: list[Result] = []
-    with track(title, len(wanted)) as advance:
-        for trial in wanted:
-            result = _known(path).get(_key(dataclasses.asdict(trial)))
-            if result is None:
-                finished, result = run_trial(job, trial)
-                if job.foreign:
-                    _save(job, trial, finished, result)
-                append_line(path, result)
-            results.append(result)
-            advance(f"{trial.row} on {trial.target}: {result['validation_accuracy']:.1%}")
-    return results
+    for trial in wanted:
+        result = _known(path).get(_key(dataclasses.asdict(trial)))
+        if result is None:
+            begun = begin(job, trial)
+            yield dataclasses.replace(begun, model=begun.model.to(CPU)) if job.engine.remote else begun
+        else:
+            advance(_said(trial, result))
+
+
+def _name(trial: Trial) -> str:
+    return f"{trial.row} on {trial.target}"
+
+
+def _said(trial: Trial, result: Result) -> str:
+    return f"{_name(trial)}: {result['validation_accuracy']:.1%}"
 
 
 def _known(path: Path) -> dict[tuple[Any, ...], Result]:
@@ -79,18 +111,20 @@ def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(entry[name] for name in KEYS)
 
 
-def _save(job: VoteJob, trial: Trial, finished: Finished, result: Result) -> None:
+def _save(job: VoteJob, begun: Begun, found: Finished) -> None:
     """Keep the network; that of the vote also as a task that `gmn zoo add` takes."""
-    (target,) = job.targets
+    trial, target = begun.trial, begun.task
     source = {**job.source, "num_classes": len(target.classes)}
     facts = {"class_names": list(target.class_names), "input_shape": job.data.input_shape}
-    save_model(job.run.folder / "models" / f"{trial.row}-seed{trial.seed}", finished.model, source, **facts, **result)
-    if trial.row == "vote":
+    folder = job.run.folder / "models" / f"{trial.row}-seed{trial.seed}"
+    save_model(folder, found.model, source, **facts, **found.result)
+    if trial.row == "vote" and begun.keep is not None:
         path = job.run.folder / f"task-seed{trial.seed}.safetensors"
         classes = hashlib.sha256(json.dumps(target.class_names).encode()).hexdigest()[:8]
-        name = f"target-{classes}-seed{job.seed(trial.seed)}"  # two targets, two names: both can join a zoo
-        task = dataclasses.replace(target, name=name, split="zoo", seed=job.seed(trial.seed))
-        save_task(path, stored(job.backbone, job.zoo.identity, job.data_of(target), task, finished.shrunk()))
+        name = f"target-{classes}-seed{begun.seed}"  # two targets, two names: both can join a zoo
+        task = dataclasses.replace(target, name=name, split="zoo", seed=begun.seed)
+        shrunk = Shrunk(found.model.to(job.device), begun.keep, found.result["training_flops"])
+        save_task(path, stored(job.backbone, job.zoo.identity, job.data_of(target), task, shrunk))
         say(f"to let it vote next time: gmn zoo add {job.folder} {path}")
 
 

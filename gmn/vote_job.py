@@ -41,11 +41,12 @@ class VoteJob(Job):
         recipe: What to do.
         run: The run folder.
         zoo: Where an existing zoo lies, with its network; None makes one in the run folder.
+        engine: Where tasks are pruned and trials are trained.
     """
 
-    def __init__(self, recipe: VoteRecipe, run: Run, zoo: Path | None = None) -> None:
+    def __init__(self, recipe: VoteRecipe, run: Run, zoo: Path | None = None, engine: Engine = HERE) -> None:
         super().__init__(recipe, run)
-        self.recipe, self.foreign = recipe, zoo is not None
+        self.recipe, self.foreign, self.engine = recipe, zoo is not None, engine
         self.folder = zoo or run.folder / "zoo"
         self._rankings: dict[tuple[str, str], Ranking] = {}
         self._rehearse()
@@ -136,12 +137,12 @@ class VoteJob(Job):
         more = {"network": self.source, "ratio": self.recipe.ratio, "pruner": self.recipe.zoo.pruner}
         return Zoo.create(self.folder, {**about, **more, "data": self.recipe.data.name})
 
-    def build(self, engine: Engine = HERE) -> None:
-        """Prune the network for every task of the zoo that is not done yet; `engine` does the work."""
+    def build(self) -> None:
+        """Prune the network for every task of the zoo that is not done yet."""
         self.zoo.plan(task for task in self.tasks if task.split == "zoo")
         prune = pruner(self.recipe.zoo.pruning, self.example, self.recipe.ratio, augment=self.augment)
         device = partial(choose_device, self.recipe.device)
-        build_zoo(self.backbone, self.data, self.zoo, prune, engine=engine, device=device)
+        build_zoo(self.backbone, self.data, self.zoo, prune, engine=self.engine, device=device)
         self.zoo.sweep()
         done = len(self.zoo.tasks(split="zoo"))
         if done < self.recipe.vote.neighbours:

@@ -37,16 +37,23 @@ def pruner(
     config: FilterPruning | HeadPruning, example_inputs: Any, ratio: float, *, augment: Augment | None = None
 ) -> Pruner:
     """IFP or AHNP with its numbers, to a ratio; it may travel to another machine."""
-    example_inputs = moved(example_inputs, CPU)
+    return partial(_prune, config, moved(example_inputs, CPU), ratio, augment)
 
-    def prune(model: nn.Module, split: Split, seed: int) -> Shrunk:
-        options: dict[str, Any] = {"ratio": ratio, "seed": seed, "augment": augment}
-        inputs = moved(example_inputs, split.labels.device)
-        if isinstance(config, HeadPruning):
-            return head_prune(model, split, config, inputs, **options)
-        return filter_prune(model, split, config, inputs, **options)
 
-    return prune
+def _prune(
+    config: FilterPruning | HeadPruning,
+    example_inputs: Any,
+    ratio: float,
+    augment: Augment | None,
+    model: nn.Module,
+    split: Split,
+    seed: int,
+) -> Shrunk:
+    options: dict[str, Any] = {"ratio": ratio, "seed": seed, "augment": augment}
+    inputs = moved(example_inputs, split.labels.device)
+    if isinstance(config, HeadPruning):
+        return head_prune(model, split, config, inputs, **options)
+    return filter_prune(model, split, config, inputs, **options)
 
 
 def build_zoo(

@@ -1,6 +1,6 @@
 """Contract of work that is done elsewhere, in copies of a run folder.
 
-* Rows with several seeds and speed-ups, and entries and cells of a matrix, are those of one process, bit for bit:
+* Rows with several seeds and speed-ups, entries and cells of a matrix, rows of a vote are those of one process:
   report, log, weights, files; workers read nothing but what is sent to them, not even the weights that a recipe names.
 * What has failed is said, the rest is kept, and a resumed run makes what is missing and nothing else.
 * Logs only grow; files that a worker deletes go; nothing outside of a job's paths comes back.
@@ -11,21 +11,23 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, VOTE_TINY
 from evidence import evidence, files_of, log_of, tensors_of, without_times
 
 import gmn
-from gmn import pipeline
+from gmn import pipeline, study_cli
 from gmn.away import Parcel, apply, in_copy, pack, share
 from gmn.checkpoint import load_json
 from gmn.engine import attempt
 from gmn.recipe import load_recipe
+from gmn.settings_vote import VoteRecipe
 
 ROWS = [
     *(*TINY, "data.limit=120", "data_models.val=0", "report.seeds=2", "report.speed_ups=[1.5]", "prune.steps=40"),
@@ -49,7 +51,7 @@ class Elsewhere:
     def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         sent = pickle.dumps(function)
         for number, job in enumerate(jobs):
-            self.jobs.append(job.job)
+            self.jobs.append(job.job if isinstance(job, Parcel) else (job.trial.row, job.trial.seed))
             if number in self.fails:
                 yield job, gmn.GmnError("the worker died")
                 continue
@@ -126,10 +128,35 @@ def test_a_matrix_is_that_of_one_process(tmp_path: Path) -> None:
         assert log_of(there / log.parent.relative_to(here)) == log_of(log.parent)
 
 
-def test_a_vote_is_not_shared_by_a_cluster(tmp_path: Path) -> None:
-    votes = load_recipe("graph-mask-voting")
-    with pytest.raises(gmn.GmnError, match="gmn join RUN"):
-        pipeline.prune_recipe(votes, tmp_path / "run", tmp_path, engine=Elsewhere(tmp_path / "worker"))
+def test_the_rows_of_a_vote_are_those_of_one_process(
+    vote_run: tuple[Path, dict[str, Any]], tiny_vote_recipe: VoteRecipe, tmp_path: Path
+) -> None:
+    run = shutil.copytree(vote_run[0], tmp_path / "votes")
+    (run / "results.jsonl").unlink()
+    (run / "report.json").unlink()
+    wanted = [(result["row"], result["seed"]) for result in vote_run[1]["results"]]
+    with pytest.raises(gmn.GmnError, match="the worker died"):
+        pipeline.meta_train(tiny_vote_recipe, run, resume=True, engine=Elsewhere(tmp_path / "worker", fails=[1, 5]))
+    assert not (run / "report.json").exists()
+    again = Elsewhere(tmp_path / "worker")
+    assert pipeline.meta_train(tiny_vote_recipe, run, resume=True, engine=again) == vote_run[1]
+    assert again.jobs == [wanted[1], wanted[5]]
+    assert evidence(run) == evidence(vote_run[0])
+
+
+def test_what_a_study_lacks_is_made_by_workers(vote_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run, workers = shutil.copytree(vote_run[0], tmp_path / "votes"), Elsewhere(tmp_path / "worker")
+    usual: dict[str, Any] = {"similarity": "leep", "targets": 1, "iterations": None}
+    study_cli.study("neighbours", run, **usual, neighbours="2,3", engine=workers)
+    assert workers.jobs == [("vote", 0), ("vote", 1)]  # those with 3 are in the comparison
+
+
+def test_a_network_that_a_zoo_elsewhere_votes_on(vote_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    recipe = load_recipe("graph-mask-voting", [*VOTE_TINY, "report.baselines=[short]", "target=['1', '4', '7']"])
+    for name, options in (("here", {}), ("there", {"engine": Elsewhere(tmp_path / "worker")})):
+        pipeline.prune_recipe(recipe, tmp_path / name, vote_run[0], **options)
+    assert evidence(tmp_path / "there") == evidence(tmp_path / "here")
+    assert "task-seed0.safetensors" in files_of(tmp_path / "there")
 
 
 # -- the copies --------------------------------------------------------------------------------------------------------

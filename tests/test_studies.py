@@ -240,7 +240,7 @@ def test_what_the_comparison_has_measured_is_not_run_again(
     def fail(*_: Any) -> None:
         raise AssertionError("a trial is run again")
 
-    monkeypatch.setattr(vote_compare, "run_trial", fail)
+    monkeypatch.setattr(vote_compare, "begin", fail)
     usual: dict[str, Any] = {"similarity": "leep", "targets": 2, "neighbours": "3", "iterations": "10"}
     rows = {row: [r["test_accuracy"] for r in vote_run[1]["results"] if r["row"] == row] for row in ("vote", "short")}
     study_cli.study("neighbours", run, **usual)

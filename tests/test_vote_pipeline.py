@@ -117,7 +117,7 @@ def test_the_numbers_can_be_measured_again(vote_run: Finished, run: Path) -> Non
     data = gmn.load_data("digits", limit=300, validation=0.25)
     target = job.targets[0]
     first = {r["row"]: r for r in report["results"] if r["target"] == target.name and r["seed"] == 0}
-    finished, _ = trials.run_trial(job, trials.plan(job, "vote", target, 0))
+    finished = trials.finish(job.data, None, trials.begin(job, trials.plan(job, "vote", target, 0)))
     vote = first["vote"]
     assert accuracy(finished.model, data, list(target.class_names)) == pytest.approx(vote["test_accuracy"])
     price = gmn.cost(finished.model, data.example_inputs())
@@ -138,12 +138,12 @@ def test_the_numbers_can_be_measured_again(vote_run: Finished, run: Path) -> Non
 def test_the_majority_of_the_nearest_decides(run: Path) -> None:
     """At the recipe's small temperature no unit goes that has more votes than one that stays."""
     job = pipeline.reopened(run)
-    finished, _ = trials.run_trial(job, trials.plan(job, "vote", job.targets[1], 1))
-    assert finished.keep
+    begun = trials.begin(job, trials.plan(job, "vote", job.targets[1], 1))
+    assert begun.keep
     coupled, ranked = job.backbone.coupled, job.ranking(job.targets[1], "leep")
     assert len(ranked.names) == 12
     votes = job.zoo.masks(ranked.names[:3]).sum(0)[coupled.first_nodes]
-    stays = finished.keep.keep[coupled.first_nodes]
+    stays = begun.keep.keep[coupled.first_nodes]
     for layer in coupled.group[coupled.prunable].unique():
         own = coupled.group == layer
         assert int((own & stays).sum()) * 2 == int(own.sum())
@@ -289,9 +289,9 @@ def test_finished_trials_are_not_run_again(
 
     def counted(job: Any, trial: trials.Trial) -> Any:
         again.append(trial)
-        return trials.run_trial(job, trial)
+        return trials.begin(job, trial)
 
-    monkeypatch.setattr(vote_compare, "run_trial", counted)
+    monkeypatch.setattr(vote_compare, "begin", counted)
     results = run / "results.jsonl"
     (run / "report.json").unlink()
     with results.open("a") as file:
