@@ -11,7 +11,7 @@ import matplotlib.ticker
 
 from gmn.checkpoint import write_atomic
 from gmn.compare import summarise, tables_of
-from gmn.report import targets
+from gmn.report import row_title, targets
 
 COLOURS = {
     **{"base": "#444444", "metanetwork": "#0072b2", "same-schedule": "#e69f00", "direct": "#d55e00"},
@@ -52,7 +52,7 @@ def curve(report: dict[str, Any], path: Path) -> Path:
     axes = figure.add_subplot()
     for name, points in report["curve"].items():
         if name in tuned:
-            style = {**own[name], "label": f"{name}, fine-tuned"}
+            style = {**own[name], "label": f"{row_title(name)}, fine-tuned"}
         else:
             colour = CURVES.get(name) or own[name.removeprefix("with ")]["color"]
             style = {"color": colour, "label": name, "marker": "" if tuned else "o", "linestyle": ":" if tuned else "-"}
@@ -110,7 +110,7 @@ def accuracy(report: dict[str, Any], path: Path) -> Path:
     results, own = [result for part in tables_of(report) for result in part["results"]], styles(report)
     for row in dict.fromkeys(result["row"] for result in results):
         points = [(r[key], r["test_accuracy"]) for r in results if r["row"] == row]
-        axes.scatter(*zip(*points, strict=True), color=own[row]["color"], label=row)
+        axes.scatter(*zip(*points, strict=True), color=own[row]["color"], label=row_title(row))
     axes.set(xlabel=label, ylabel="test accuracy", title=f"{report['recipe']}: finished networks")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     return _finish(figure, axes, path)
@@ -127,7 +127,7 @@ def speed_ups(report: dict[str, Any], path: Path) -> Path:
         lines.setdefault(entry["row"], []).append((entry["speed_up"], entry["test_accuracy"], entry["spread"]))
     for row, points in lines.items():
         reached, accuracies, spreads = zip(*points, strict=True)
-        axes.errorbar(reached, accuracies, yerr=spreads, capsize=3, label=row, **own[row])
+        axes.errorbar(reached, accuracies, yerr=spreads, capsize=3, label=row_title(row), **own[row])
     axes.set(xlabel="speed-up (FLOPs before / after)", ylabel="test accuracy")
     axes.set_title(f"{report['recipe']}: finished networks")
     axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([part["speed_up"] for part in parts]))

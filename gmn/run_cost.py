@@ -116,7 +116,8 @@ def prunings(folder: Path) -> list[Pruning]:
             parts[STAGES[0]] = start
         means = {name: _mean(costs) for name, costs in parts.items() if costs}
         found.append(Pruning(row, speed_up, len(seeds), means))
-    return sorted(found, key=lambda pruning: pruning.speed_up or 0)
+    order = list(dict.fromkeys(line["row"] for line in own))  # workers finish in any order
+    return sorted(found, key=lambda pruning: (pruning.speed_up or 0, order.index(pruning.row)))
 
 
 def account(folder: Path, networks: Sequence[int], further: Iterable[str] = ()) -> dict[str, Any]:
