@@ -207,8 +207,7 @@ def prune(
     gradients = None if data is None else gradients_for(own, current, data.train, seed=seed)
     pruned = prune_by_pattern(current, graph, example_inputs, config, own, gradients=gradients)
     if data is not None:
-        counts = {"reconstructed": reconstruct_images, "recalibrated": recalibrate_images}
-        mend(current, pruned, graph.spec, data.train, **counts, seed=seed)
+        mend(current, pruned, graph.spec, data.train, reconstruct_images, recalibrate_images, seed=seed)
     tune(pruned.model, "after pruning", mask=pruned.weights)
     return _result(pruned.model, pruned.before, example_inputs, data, pruned.weights)
 

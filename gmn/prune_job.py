@@ -179,6 +179,5 @@ class PruneJob(Job):
         `chance`: by a random ranking of that seed.
         """
         (pruned, spec), own = self._cut(model, speed_up, before, chance), self.recipe.prune
-        counts = {"reconstructed": own.reconstruct, "recalibrated": own.recalibrate}
-        mend(model, pruned, spec, self.data.train, **counts, seed=self.recipe.seed)
+        mend(model, pruned, spec, self.data.train, own.reconstruct, own.recalibrate, seed=self.recipe.seed)
         return pruned

@@ -69,7 +69,7 @@ def reconstruct(
 
 
 def mend(
-    model: nn.Module, pruned: Pruned, spec: GraphSpec, split: Split, *, reconstructed: int, recalibrated: int, seed: int
+    model: nn.Module, pruned: Pruned, spec: GraphSpec, split: Split, reconstructed: int, recalibrated: int, *, seed: int
 ) -> None:
     """What follows surgery, in place: `reconstruct` on so many images, or else `recalibrate` on so many."""
     if reconstructed:

@@ -109,7 +109,7 @@ LAYERS = (
             "report",
             "plots",
             *("recipe", "recipe_yaml"),
-            *("cli", "cli_bench", "cli_options"),
+            *("cli", "cli_bench", "cli_options", "cli_zoo"),
             "api",
             "__init__",
             "__main__",
