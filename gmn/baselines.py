@@ -96,7 +96,7 @@ class Trial:
         return self.job.cost(self.base)
 
     @property
-    def whole_budget(self) -> Fit:
+    def whole_budget(self) -> Fit | None:
         """All fine-tuning of the recipe as one."""
         return merged(self.job.recipe, len(self.job.data.train))
 
@@ -143,13 +143,14 @@ class Trial:
         return model
 
     def end(self, model: nn.Module, settings: Fit | None = None, mask: WeightMask | None = None) -> nn.Module:
-        """The last fine-tuning, of a pruned network; default: the recipe's. What the mask drops stays zero."""
+        """The last fine-tuning, of a pruned network; default: the recipe's, if it has one. The mask stays."""
         where = f", {self.target:g}x" if self._several else ""
         title = f"{self.row} seed {self.seed}{where}: fine-tuning after pruning"
         settings = settings or self.job.recipe.finetune.after_prune
         self._noted("pruned", model)
         with self._stage("last fine-tuning", speed_up=self.target):
-            self.job.fit(model, settings, 600 + self.seed, title, teacher=self.base, mask=mask)
+            if settings:
+                self.job.fit(model, settings, 600 + self.seed, title, teacher=self.base, mask=mask)
         return model
 
     def _stage(self, name: str, **labels: float | None) -> AbstractContextManager[object]:

@@ -20,13 +20,20 @@ def images(settings: Fit | None, available: int) -> int:
 
 def budget(recipe: Recipe, available: int) -> int:
     """Images that every row sees in fine-tuning."""
+    return sum(images(settings, available) for settings in _fits(recipe))
+
+
+def _fits(recipe: Recipe) -> list[Fit]:
     fits = (recipe.data_models.initial_fit, recipe.finetune.after_meta, recipe.finetune.after_prune)
-    return sum(images(settings, available) for settings in fits)
+    return [settings for settings in fits if settings]
 
 
-def merged(recipe: Recipe, available: int) -> Fit:
+def merged(recipe: Recipe, available: int) -> Fit | None:
     """The whole budget as one fine-tuning: the last one's, with more epochs before its first milestone."""
-    last, total = recipe.finetune.after_prune, budget(recipe, available)
+    fits, total = _fits(recipe), budget(recipe, available)
+    if not fits:
+        return None
+    last = fits[-1]
     if last.iterations:
         return last.model_copy(update={"iterations": math.ceil(total * last.iterations / images(last, available))})
     epochs = math.ceil(total / (images(last, available) / last.epochs))  # a baseline never gets less

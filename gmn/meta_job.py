@@ -21,6 +21,7 @@ from gmn.convert import to_model
 from gmn.costs import cost
 from gmn.criteria import Importance, refuse_no_loss
 from gmn.data import Data
+from gmn.errors import RecipeError
 from gmn.groups import couplings
 from gmn.learnt import Learnt, adopt, further, named
 from gmn.library_pruner import prune_with
@@ -242,10 +243,15 @@ class MetaJob(PruneJob):
 
     def brief(self, images: int) -> Fit | None:
         """A fine-tuning as in the recipe on so many images; 0: none."""
+        if not images:
+            return None
         usual = self.recipe.finetune.after_meta or self.recipe.finetune.after_prune
+        if usual is None:
+            hint = "leave --finetune-images out, or give 0"
+            raise RecipeError("the recipe has no fine-tuning to be brief with", where=self.recipe.name, hint=hint)
         steps = max(1, images // min(usual.batch_size, len(self.data.train)))
         change = {"epochs": 1, "iterations": steps, "milestones": [], "images_per_epoch": None}
-        return usual.model_copy(update=change) if images else None
+        return usual.model_copy(update=change)
 
     def pruned_to_target(self, model: nn.Module) -> nn.Module:
         """A data model pruned as far as the recipe says; its initial pruning lies behind it."""

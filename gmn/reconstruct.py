@@ -34,7 +34,7 @@ from gmn.training import generator, recalibrate
 ROWS = 40_000  # of a layer, over all images
 LEAST = 2  # rows for each unknown of an output; with fewer the images would be learnt by heart
 MOST = 10_000  # unknowns of an output: their products are a matrix of 800 MB
-RIDGE = 1e-3
+RIDGE = 1e-2
 BATCH = 250
 
 Rows = tuple[Tensor, Tensor]

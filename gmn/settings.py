@@ -265,7 +265,7 @@ class Finetune(Section):
         default=0, ge=0, description="images to recompute BN statistics with, after the metanetwork; 0: off"
     )
     after_meta: Fit | None = Field(default=None, description="between metanetwork and pruning; null: none")
-    after_prune: Fit = Field(description="after pruning")
+    after_prune: Fit | None = Field(description="after pruning; null: none")
 
 
 class Report(Section):

@@ -20,7 +20,7 @@ from conftest import TINY
 from torch import nn
 
 import gmn
-from gmn import baselines, pipeline
+from gmn import baselines, curve_cli, pipeline
 from gmn.baselines import Trial
 from gmn.budget import merged
 from gmn.errors import PruningError, RecipeError
@@ -105,6 +105,20 @@ def test_a_metanetwork_of_another_run_finds_its_own_initial_pruning(
     tried = entries(tmp_path / "new", "initial")
     assert {entry["network"] for entry in tried} == {1}
     assert report["initial_speed_up"] == max([1.0, *(e["wanted"] for e in tried if e["accepted"])])
+
+
+def test_a_recipe_without_fine_tuning(tmp_path: Path) -> None:
+    """What is left is how easy a network is to prune."""
+    bare = ["data_models.initial_speed_up=1", "data_models.initial_fit=null", "report.baselines=[direct,torch-pruning]"]
+    own = load_recipe("quickstart", [*TINY, *bare, "finetune.after_meta=null", "finetune.after_prune=null"])
+    folder = tmp_path / "bare"
+    report = pipeline.meta_train(own, folder)
+    assert report["finetune_images"] == 0
+    for result in report["results"]:
+        assert result["validation_accuracy"] == result["stages"]["pruned"]
+    assert not [e for e in entries(folder, "fit") if "fine-tuning" in e["title"]]
+    with pytest.raises(gmn.GmnError, match="the recipe has no fine-tuning to be brief with"):
+        curve_cli.select(folder, min_accuracy=0.1, finetune_images=64, use=False)
 
 
 def trial(folder: Path, row: str, *more: str) -> Trial:
