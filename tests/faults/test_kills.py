@@ -133,6 +133,14 @@ def test_full_disks(order: Order, meta: Whole, tmp_path: Path, number: int) -> N
 
 
 @pytest.mark.soak
+def test_two_whole_quickstarts_are_alike(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        command = [sys.executable, "-m", "gmn", "meta-train", "quickstart", "--run", name, "--seed", "3"]
+        subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert evidence(tmp_path / "one") == evidence(tmp_path / "other")
+
+
+@pytest.mark.soak
 def test_a_run_that_is_killed_again_and_again(order: Order, meta: Whole, tmp_path: Path) -> None:
     """It gets a bit further each time, also when it is killed while it cleans up."""
     folder, kills = tmp_path / "run", 0
