@@ -111,13 +111,20 @@ def apply(folder: Path, changes: Changes) -> None:
 
 
 def _write(folder: Path, files: Files) -> None:
-    for path in sorted(files, key=lambda path: path.endswith(".json")):  # these say that the others are whole
+    for path in sorted(files, key=_order):
         target = folder / path
         if path.endswith(LOG) and target.is_file():
             for line in files[path].splitlines():
                 append_line(target, json.loads(line))
         else:
             save_bytes(target, files[path])
+
+
+def _order(path: str) -> tuple[int, str]:
+    """A recipe makes a folder a run's, `model.json` says that a network is whole, a report that a run is."""
+    name = Path(path).name
+    order = ("recipe.yaml", "", "model.json", "report.json")
+    return order.index(name) if name in order else 1, path
 
 
 def weights_of(recipe: Recipe, label: str = "") -> Files:

@@ -59,7 +59,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: --set meta_train.epochs=3")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder. Default: runs/NAME")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of everything random, as --set seed=N.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of everything random.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 
 
@@ -71,10 +71,6 @@ def options(
     if rank() is not None and (name := context.invoked_subcommand) not in SHARED:
         hint = f"several processes share the work of {' and '.join(f'gmn {shared}' for shared in SHARED)} only"
         raise GmnError("a command for one process", got=f"gmn {name} in several", hint=hint)
-
-
-def _overrides(fields: list[str] | None, seed: int | None) -> list[str]:
-    return [*(fields or ()), *([] if seed is None else [f"seed={seed}"])]
 
 
 def _show(settings: AnyRecipe, folder: Path, work: Callable[..., dict[str, Any]], engine: str, **ask: Any) -> None:
@@ -113,7 +109,7 @@ def meta_train(
     from gmn import pipeline  # torch takes seconds to import: not for --help
     from gmn import recipe as recipes
 
-    settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
+    settings = recipes.load_recipe(recipe, overrides or (), seed=seed)
     folder = run or Path("runs") / settings.name
     work = partial(pipeline.meta_train, settings, folder, resume=resume, overwrite=overwrite)
     _show(settings, folder, work, engine, address=address, cpus=cpus, gpus=gpus)
@@ -144,7 +140,7 @@ def prune(
     from gmn import pipeline
     from gmn import recipe as recipes
 
-    settings = recipes.load_recipe(recipe, _overrides(overrides, seed))
+    settings = recipes.load_recipe(recipe, overrides or (), seed=seed)
     folder = run or Path("runs") / f"{settings.name}-pruned"
     work = partial(pipeline.prune_recipe, settings, folder, meta, resume=resume, overwrite=overwrite)
     _show(settings, folder, work, engine, address=address, cpus=cpus, gpus=gpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ def meta_training(report: dict[str, Any], path: Path) -> Path:
     for place, keys in enumerate((("loss",), ("sparsity",), ("accuracy_gradient", "sparsity_gradient"))):
         axes = figure.add_subplot(1, 3, place + 1)
         for key in keys:
-            axes.plot(epochs, [entry[key] for entry in report["meta_train"]], marker="o", label=key.replace("_", " "))
+            axes.plot(
+                epochs, [entry.get(key, nan) for entry in report["meta_train"]], marker="o", label=key.replace("_", " ")
+            )
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.legend()

@@ -43,7 +43,7 @@ AnySection = TypeVar("AnySection", bound=BaseModel)
 METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe, "matrix": MatrixRecipe}
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, seed: int | None = None) -> AnyRecipe:
     """Read a recipe from a file, or a built-in one by its name.
 
     A file of that name goes before a built-in recipe. Relative paths inside a recipe stay as
@@ -53,6 +53,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     Args:
         source: A path, or a name out of `builtin_recipes()`.
         overrides: Strings such as `"meta_train.epochs=3"`; the value is read as YAML.
+        seed: Of everything random; of a matrix, that of all entries that have none of their own.
 
     Raises:
         RecipeError: On anything wrong, with file and line; also on a function to call that is not allowed.
@@ -61,6 +62,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     25
     """
     content, places, stem = _read(str(source))
+    if seed is not None:
+        overrides = [*overrides, f"{'common.' * (content.get('method') == 'matrix')}seed={seed}"]
     entries = [override for override in overrides if _ENTRIES.match(override)]
     for override in entries:  # these name files, which are not the caller's own words
         _override(content, places, override)

@@ -88,6 +88,8 @@ class Run:
         """
         if not self._started:
             leader_writes(self._prepare)()
+            # in all processes, or one would wait in `log` for what the first leaves out
+            self._known = {_said(entry) for entry in read_lines(self.folder / "metrics.jsonl")}
             self._started = True
             self._compare_threads()
 
@@ -101,7 +103,6 @@ class Run:
             hint = "go on with --resume, or give another with --run"
             raise GmnError("another process works in the run folder", got=str(self.folder), hint=hint)
         sweep(self.folder)
-        self._known = {_said(entry) for entry in read_lines(self.folder / "metrics.jsonl")}
         if not is_run(self.folder):
             save_text(self.folder / "recipe.yaml", self.recipe)  # first: it marks the folder as a run's
         if not (self.folder / "environment.json").is_file():

@@ -140,6 +140,8 @@ class VoteJob(Job):
     def build(self) -> None:
         """Prune the network for every task of the zoo that is not done yet."""
         self.zoo.plan(task for task in self.tasks if task.split == "zoo")
+        if not self.run.shared:  # a resumed run tries again what failed; who joins it does not
+            self.zoo.redo(task.name for task in self.zoo.tasks(status="failed"))
         prune = pruner(self.recipe.zoo.pruning, self.example, self.recipe.ratio, augment=self.augment)
         device = partial(choose_device, self.recipe.device)
         build_zoo(self.backbone, self.data, self.zoo, prune, engine=self.engine, device=device)

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import sqlite3
 import stat
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,7 @@ SCHEMA = {
     since REAL NOT NULL
 )""",
 }
+NO_ROOM = 2**20  # bytes: with fewer free SQLite's "disk I/O error" is a full disk, where its shared memory has no place
 SAFE = ("trusted_schema = OFF", "cell_size_check = ON", "foreign_keys = ON", "synchronous = FULL")
 
 
@@ -88,8 +90,11 @@ class Index:
                 _build(temporary, about)
                 with contextlib.suppress(FileExistsError):
                     os.link(temporary, folder / INDEX)  # unlike a rename it replaces nothing
+            except sqlite3.Error as error:
+                raise _problem(error, folder / INDEX) from error
             finally:
-                temporary.unlink(missing_ok=True)
+                for end in ("", "-wal", "-shm"):
+                    temporary.with_name(f"{temporary.name}{end}").unlink(missing_ok=True)
             flush_folder(folder)
         return cls(folder)
 
@@ -102,7 +107,7 @@ class Index:
                 self._check_schema(db)
                 yield db
         except sqlite3.Error as error:
-            raise self._problem(error) from error
+            raise _problem(error, self.path) from error
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -177,14 +182,14 @@ class Index:
         if version != VERSION or len(rows) != len(SCHEMA) or dict(rows) != SCHEMA:
             raise CheckpointError("not the tables of a zoo", expected=f"version {VERSION}", where=str(self.path))
 
-    def _problem(self, error: sqlite3.Error) -> GmnError | OSError:
-        where = str(self.path)
-        got = to_text(error)
-        if "disk is full" in got:
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
-        if "locked" in got:
-            return GmnError("the zoo is busy", got=got, where=where, hint="other processes write to it; try again")
-        return CheckpointError("cannot read the zoo's index", got=got, where=where)
+
+def _problem(error: sqlite3.Error, path: Path) -> GmnError | OSError:
+    where, got = str(path), to_text(error)
+    if "disk is full" in got or ("disk I/O error" in got and shutil.disk_usage(path.parent).free < NO_ROOM):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+    if "locked" in got:
+        return GmnError("the zoo is busy", got=got, where=where, hint="other processes write to it; try again")
+    return CheckpointError("cannot read the zoo's index", got=got, where=where)
 
 
 def _connect(address: str) -> sqlite3.Connection:
@@ -215,3 +220,4 @@ def _build(path: Path, about: Mapping[str, Any]) -> None:
         db.execute(f"PRAGMA application_id = {OURS}")
         db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # closing would do it too, but says nothing when the disk is full

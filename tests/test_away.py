@@ -22,7 +22,7 @@ from conftest import TINY, VOTE_TINY
 from evidence import evidence, files_of, log_of, tensors_of, without_times
 
 import gmn
-from gmn import pipeline, study_cli
+from gmn import away, pipeline, study_cli
 from gmn.away import Parcel, apply, in_copy, pack, share
 from gmn.checkpoint import load_json
 from gmn.engine import attempt
@@ -196,6 +196,16 @@ def test_what_travels_back(home: Path) -> None:
         '"b"}',
     ]
     assert sorted(path.name for path in home.rglob("*.txt")) == ["new.txt", "same.txt"]
+
+
+def test_what_says_that_others_are_whole_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that is killed while a run comes back can go on with it."""
+    written: list[str] = []
+    monkeypatch.setattr(away, "save_bytes", lambda path, _: written.append(str(path.relative_to(tmp_path))))
+    names = ["cells/a/report.json", "cells/a/models/b/model.json", "cells/a/models/b/weights.safetensors"]
+    apply(tmp_path, dict.fromkeys([*names, "cells/a/recipe.yaml", "cells/a/environment.json"], b""))
+    assert written[0] == "cells/a/recipe.yaml"
+    assert written[-2:] == names[1::-1]
 
 
 def test_jobs_that_fail_are_said_and_the_others_kept(

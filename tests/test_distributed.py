@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,14 @@ def test_the_shortened_quickstart_in_two_processes(tmp_path: Path) -> None:
     assert len([line for line in lines if line["event"] == "result"]) == 1
     assert (folder / "report.html").is_file()
     assert not [path for path in folder.rglob("*") if ".tmp" in path.name]
+    result = next(folder.glob("models/metanetwork-seed0"))
+    shutil.rmtree(result)
+    (folder / "report.json").unlink()
+    working = run(tmp_path, "meta-train", "quickstart", "--resume", *options())
+    ended = [process.communicate(timeout=120)[1] for process in working]
+    assert [process.returncode for process in working] == [0, 0], "".join(ended)
+    assert (result / "model.json").is_file()
+    assert (folder / "metrics.jsonl").read_text().count('"event": "result"') == 1
 
 
 WAITING = """

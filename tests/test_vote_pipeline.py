@@ -282,6 +282,19 @@ def test_a_task_of_a_dying_helper_is_taken_over(stopped: Path, tmp_path: Path, m
     assert f"waiting for other processes, which work on {claimed.name}" in said
 
 
+def test_what_failed_is_tried_again_by_a_resumed_run(
+    run: Path, vote_run: Finished, tiny_vote_recipe: VoteRecipe
+) -> None:
+    zoo = Zoo.open(run / "zoo")
+    zoo.redo(["zoo-00002"])
+    task = zoo.claim("here")
+    assert task
+    zoo.fail(task, gmn.GmnError("the worker died"))
+    (run / "report.json").unlink()
+    assert pipeline.meta_train(tiny_vote_recipe, run, resume=True) == vote_run[1]
+    assert [(task.name, task.status) for task in zoo.tasks(status="failed")] == []
+
+
 def test_finished_trials_are_not_run_again(
     run: Path, vote_run: Finished, tiny_vote_recipe: VoteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from gmn.exits import Stopped, verdict
 from gmn.jsonl import append_line, read_lines
 from gmn.lock import alone
 from gmn.processes import machine, sweep
+from gmn.recipe import load_recipe
 from gmn.run import Run
 
 
@@ -197,4 +198,5 @@ def test_seed(monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
     for options in ([], ["--seed", "7"], ["--set", "seed=3"]):
         assert call(monkeypatch, *verb, "quickstart", *options) == 0
     assert seeds == [0, 7, 3]
+    assert {entry.seed for entry in load_recipe("matrix", seed=7).entries.values()} == {7}
     assert call(monkeypatch, *verb, "quickstart", "--seed", "-1") == 2

@@ -152,6 +152,37 @@ def test_a_run_that_is_killed_again_and_again(order: Order, meta: Whole, tmp_pat
     assert evidence(folder) == meta[1]
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A folder on a disk of so many kilobytes; called again, the disk grows."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def size(kilobytes: int) -> Path:
+        options = f"{'remount,' * place.is_mount()}size={kilobytes}k"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True).returncode:
+            pytest.skip("only root can mount a small disk")
+        return place
+
+    yield size
+    if place.is_mount():
+        subprocess.run(["umount", str(place)], check=True)
+
+
+SHARES = [0.6, *(pytest.param(share, marks=pytest.mark.soak) for share in (0.3, 0.4, 0.5, 0.7, 0.8))]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_disk_of_a_zoo_is_full(order: Order, vote: Whole, small_disk: Callable[[int], Path], share: float) -> None:
+    """SQLite, which writes past Python, finds it full too."""
+    whole = sum(path.stat().st_size for path in vote[0].rglob("*") if path.is_file()) // 1024
+    folder = small_disk(int(share * whole)) / "run"
+    assert order(["meta-train", VOTE, str(folder)])[0][0] == 3
+    small_disk(20 * whole)
+    assert order(["meta-train", VOTE, str(folder)])[0][0] == 0
+    assert evidence(folder) == vote[1]
+
+
 PENDING = "zoo/tasks/."
 """The file of a task that is being handed in."""
 
