@@ -98,6 +98,13 @@ def prior(keeps: Tensor, coupled: Couplings, weight: float) -> Tensor:
     return 2.0 ** (weight * (share - mean[coupled.group]))
 
 
+def _refuse_other(name: str, own: Tensor | None, full: Tensor, count: int) -> None:
+    if own is None or own.dtype != full.dtype or own.numel() != count:
+        expected = f"{count} numbers of type {full.dtype}"
+        got = "nothing" if own is None else f"{list(own.shape)} of {list(full.shape)}, {own.dtype}"
+        raise PruningError("a neighbour does not fit its mask", expected=expected, got=got, where=name)
+
+
 def average(
     spec: GraphSpec,
     origin: Mapping[str, Tensor],
@@ -120,13 +127,8 @@ def average(
     shapes = {name: tensor.shape for name, tensor in origin.items()}
     for own, keep in zip(neighbours, keeps, strict=True):
         for name, mask in entries(spec, shapes, keep).items():
-            full = origin[name]
-            if int(mask.sum()) != own[name].numel():
-                got = f"{list(own[name].shape)} of {list(full.shape)}"
-                raise PruningError(
-                    "a neighbour does not fit its mask", expected=f"{int(mask.sum())} numbers", got=got, where=name
-                )
-            part = torch.zeros_like(full).masked_scatter_(mask, own[name])
+            _refuse_other(name, own.get(name), origin[name], int(mask.sum()))
+            part = torch.zeros_like(origin[name]).masked_scatter_(mask, own[name])
             totals[name] = totals[name] + part if name in totals else part
             times[name] = times[name] + mask if name in times else mask.long()
     state = {name: tensor.clone() for name, tensor in origin.items()}

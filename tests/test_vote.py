@@ -175,9 +175,20 @@ def test_what_does_not_fit_is_refused() -> None:
             vote(keeps, coupled, ratio=ratio, generator=generator, tau=tau)
     pruned = remove(model, spec, KeepMask(nodes(spec, "0", 1)), torch.zeros(1, 2)).state_dict()
     with pytest.raises(
-        PruningError, match=r"does not fit its mask: expected 8 numbers; got \[3, 2\] of \[4, 2\]; in 0\.weight"
+        PruningError,
+        match=r"does not fit its mask: expected 8 numbers of type torch.float32; "
+        r"got \[3, 2\] of \[4, 2\], torch.float32; in 0\.weight",
     ):
         average(spec, dict(model.state_dict()), [pruned], keeps)
+    whole = model.state_dict()
+    for other, got in (
+        ({}, "nothing"),
+        ({name: value.long() for name, value in whole.items()}, r"\[4, 2\] of \[4, 2\]"),
+    ):
+        with pytest.raises(
+            PruningError, match=f"does not fit its mask: expected 8 numbers of type torch.float32; got {got}"
+        ):
+            average(spec, whole, [other], keeps)
 
 
 def test_the_prior_by_hand() -> None:
