@@ -122,9 +122,7 @@ def _write(folder: Path, files: Files) -> None:
 
 def _order(path: str) -> tuple[int, str]:
     """A recipe makes a folder a run's, `model.json` says that a network is whole, a report that a run is."""
-    name = Path(path).name
-    order = ("recipe.yaml", "", "model.json", "report.json")
-    return order.index(name) if name in order else 1, path
+    return {"recipe.yaml": 0, "model.json": 2, "report.json": 3}.get(Path(path).name, 1), path
 
 
 def weights_of(recipe: Recipe, label: str = "") -> Files:

@@ -7,15 +7,15 @@ import math
 from gmn.settings import Fit, Recipe
 
 
-def images(settings: Fit | None, available: int) -> int:
+def images(settings: Fit, available: int) -> int:
     """Images that a training sees, of a set with so many.
 
     >>> images(Fit(epochs=2, lr=0.1, images_per_epoch=50), available=200)
     100
     """
-    if settings and settings.iterations:
+    if settings.iterations:
         return settings.iterations * min(settings.batch_size, available)
-    return settings.epochs * min(settings.images_per_epoch or available, available) if settings else 0
+    return settings.epochs * min(settings.images_per_epoch or available, available)
 
 
 def budget(recipe: Recipe, available: int) -> int:

@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import nn
 
 from gmn.costs import Cost, cost
-from gmn.errors import PruningError
+from gmn.errors import PruningError, one_line
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings
 from gmn.settings import Prune
@@ -81,8 +81,7 @@ def _one_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        got = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise PruningError("torch-pruning cannot follow the network", got=got, hint=LEAVE_OUT) from error
+        raise PruningError("torch-pruning cannot follow the network", got=one_line(error), hint=LEAVE_OUT) from error
 
 
 def _whole_layers(model: nn.Module, spec: GraphSpec, coupled: Couplings) -> list[nn.Module]:

@@ -30,7 +30,7 @@ from rich.errors import MarkupError
 
 from gmn.checkpoint import load_json, make_folder, save_bytes, save_json, save_text
 from gmn.distributed import leader_writes, team
-from gmn.errors import MALFORMED, CheckpointError, GmnError
+from gmn.errors import MALFORMED, CheckpointError, GmnError, one_line
 from gmn.jsonl import append_line, read_lines
 from gmn.lock import alone
 from gmn.names import printable
@@ -220,8 +220,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (*MALFORMED, MarkupError) as error:
-        got = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise CheckpointError("malformed content", got=got, where=str(path)) from error
+        raise CheckpointError("malformed content", got=one_line(error), where=str(path)) from error
 
 
 def environment() -> dict[str, Any]:

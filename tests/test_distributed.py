@@ -193,7 +193,7 @@ def test_the_shortened_quickstart_in_two_processes(tmp_path: Path) -> None:
     assert len([line for line in lines if line["event"] == "result"]) == 1
     assert (folder / "report.html").is_file()
     assert not [path for path in folder.rglob("*") if ".tmp" in path.name]
-    result = next(folder.glob("models/metanetwork-seed0"))
+    result = folder / "models" / "metanetwork-seed0"
     shutil.rmtree(result)
     (folder / "report.json").unlink()
     working = run(tmp_path, "meta-train", "quickstart", "--resume", *options())
