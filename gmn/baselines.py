@@ -26,6 +26,7 @@ from gmn.budget import merged
 from gmn.builder import Layout
 from gmn.checkpoint import is_saved, load_json, load_model, save_model
 from gmn.costs import Cost
+from gmn.jsonl import checked
 from gmn.library_pruner import prune_with
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
@@ -123,7 +124,8 @@ class Trial:
             model = make().eval()
             save_model(self.first, model, self.job.source, stages=self.stages, input_shape=self.job.data.input_shape)
             self.job.run.forget()
-        self.stages.update(load_json(self.first / "model.json")["stages"])
+        path = self.first / "model.json"
+        self.stages.update(checked(load_json(path), {"stages": dict}, path)["stages"])
         return load_model(self.first).to(self.job.device)
 
     def prune_and_end(self, model: nn.Module, settings: Fit | None = None, *, chance: int | None = None) -> nn.Module:

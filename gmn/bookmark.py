@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gmn.checkpoint import is_readable, load_tensors, optimizer_tensors, restore_optimizer, save_tensors
+from gmn.checkpoint import is_readable, load_tensors, optimizer_tensors, restore_optimizer, save_tensors, stated
+from gmn.errors import MALFORMED, CheckpointError, one_line
 
 Tensors = dict[str, Tensor]
 KEPT = 2
@@ -80,29 +81,63 @@ class Bookmark:
             old.unlink(missing_ok=True)
         self._last = time.perf_counter()
 
-    def restore(self, start: int, modules: Mapping[str, nn.Module], optimizer: Optimizer) -> tuple[Place, Tensors]:
+    def restore(
+        self, modules: Mapping[str, nn.Module], optimizer: Optimizer, start: int, epochs: int, steps: int
+    ) -> tuple[Place, Tensors]:
         """Fill modules and optimizer from the newest sound file that is not from before epoch `start`.
+
+        Args:
+            modules, optimizer: Of the training.
+            start: The epoch that a resumed training would begin with.
+            epochs, steps: How many epochs it has, and steps in each.
 
         Returns:
             Where the training stands, and the random numbers' states for `set_random_numbers`; the very beginning of
             `start`, and no states, if there is no such file.
+
+        Raises:
+            CheckpointError: if a sound file is of another training.
         """
         for file in reversed(self._files()):
             if is_readable(file, "the one before it is taken"):
                 tensors, meta = load_tensors(file)
-                place = Place(**meta)
-                if place.epoch < start:
-                    break
-                for key, module in modules.items():
-                    own = {n.removeprefix(f"{key}."): t for n, t in tensors.items() if n.startswith(f"{key}.")}
-                    module.load_state_dict(own)
-                restore_optimizer(optimizer, tensors)
-                return place, {key: tensors[key] for key in (CPU_RANDOM, CUDA_RANDOM) if key in tensors}
+                try:
+                    if (place := _checked(stated(Place, meta), epochs, steps)).epoch < start:
+                        break
+                    _fill(modules, tensors)
+                    restore_optimizer(optimizer, tensors)
+                    return place, _states(tensors)
+                except MALFORMED as error:
+                    hint = f"delete {self.path.parent}, and it begins anew"
+                    got = one_line(error)
+                    raise CheckpointError("not of this training", got=got, where=str(file), hint=hint) from error
         return Place(start), {}
 
     def _files(self) -> list[Path]:
         found = self.path.parent.glob(f"{self.path.name}.*.safetensors")
         return sorted((path for path in found if path.suffixes[-2][1:].isdecimal()), key=_number)
+
+
+def _checked(place: Place, epochs: int, steps: int) -> Place:
+    """The place, if the training can stand there; ValueError otherwise."""
+    names = all(key.isidentifier() and key not in ("time", "event", "title", "epoch") for key in place.sums)
+    counts = min(place.skipped, place.in_a_row) >= 0 and len(place.seconds) > 0
+    if not (0 <= place.epoch < epochs and 0 <= place.step <= steps and names and counts):
+        raise ValueError(f"epoch {place.epoch} of {epochs}, step {place.step} of {steps}")
+    return place
+
+
+def _fill(modules: Mapping[str, nn.Module], tensors: Tensors) -> None:
+    for key, module in modules.items():
+        own = {n.removeprefix(f"{key}."): t for n, t in tensors.items() if n.startswith(f"{key}.")}
+        module.load_state_dict(own)
+
+
+def _states(tensors: Tensors) -> Tensors:
+    """The random numbers' states; RuntimeError or TypeError if torch cannot take them."""
+    if CPU_RANDOM in tensors:
+        torch.Generator().set_state(tensors[CPU_RANDOM])
+    return {key: tensors[key] for key in (CPU_RANDOM, CUDA_RANDOM) if key in tensors}
 
 
 def _number(path: Path) -> int:

@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import safetensors
 import safetensors.torch
@@ -31,7 +31,7 @@ from gmn.room import Room
 from gmn.state_dict import UNREADABLE, checksum
 from gmn.surgery import resize
 
-Stated = TypeVar("Stated", MetaNetworkConfig, Layout)
+Stated = TypeVar("Stated")
 
 WEIGHTS = "weights.safetensors"
 # of model.json, beside what was measured
@@ -174,13 +174,29 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
+HELD = {"SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
+"""What an optimizer keeps of a parameter; `step` is one number, all else has the parameter's shape."""
+
+
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the state of `optimizer_tensors` back; hyperparameters stay those of the optimizer."""
+    """Put the state of `optimizer_tensors` back; hyperparameters stay those of the optimizer.
+
+    Raises:
+        ValueError: if the state is not one of this optimizer's parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            shape = torch.Size() if key == "step" else parameters[int(index)].shape
+            sound = value.is_floating_point() and (key != "step" or float(value) >= 0)
+            if int(index) < 0 or value.shape != shape or not sound:
+                raise ValueError(f"{name}: {value.dtype} {list(value.shape)} instead of {list(shape)}")
             state.setdefault(int(index), {})[key] = value
+    held = HELD[type(optimizer).__name__]
+    if wrong := next((sorted(held ^ own.keys()) for own in state.values() if own.keys() != held), None):
+        raise ValueError(f"the optimizer's {', '.join(wrong)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -201,7 +217,7 @@ def load_metanetwork(path: Path) -> tuple[MetaNetwork, Layout, dict[str, Tensor]
     prefix = "metanetwork."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:
-        config, layout = _stated(MetaNetworkConfig, meta["metanetwork"]), _stated(Layout, meta["layout"])
+        config, layout = stated(MetaNetworkConfig, meta["metanetwork"]), stated(Layout, meta["layout"])
         if not len(layout.columns) == len(layout.defaults) == config.node_features:
             raise ValueError(f"{len(layout.columns)} columns, {len(layout.defaults)} defaults")
         with Room(_bytes(own), str(path)):
@@ -212,9 +228,9 @@ def load_metanetwork(path: Path) -> tuple[MetaNetwork, Layout, dict[str, Tensor]
     return metanetwork.eval(), layout, tensors
 
 
-def _stated(kind: type[Stated], content: dict[str, Any]) -> Stated:
+def stated(kind: type[Stated], content: dict[str, Any]) -> Stated:
     """A dataclass from what a file says, every field of its type and finite; ValueError otherwise."""
-    if unknown := content.keys() - {known.name for known in dataclasses.fields(kind)}:
+    if unknown := content.keys() - {known.name for known in dataclasses.fields(cast(Any, kind))}:
         raise ValueError(f"unknown fields {reprlib.repr(sorted(unknown))}")
     try:
         return TypeAdapter(kind).validate_json(json.dumps(content, allow_nan=False), strict=True)

@@ -18,6 +18,7 @@ from gmn.costs import Cost
 from gmn.data import Data
 from gmn.engine import Engine
 from gmn.job import choose_device
+from gmn.jsonl import checked
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.recipe import dump_recipe
@@ -69,8 +70,15 @@ def result_of(job: MetaJob, trial: Trial) -> dict[str, Any]:
         job.run.log("result", **facts)
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.forget()
-    content = load_json(folder / "model.json")
+    content = checked(load_json(folder / "model.json"), RESULT, folder / "model.json")
     return {key: value for key, value in content.items() if key not in ABOUT_MODELS}
+
+
+RESULT: dict[str, type] = {
+    **{"row": str, "seed": int, "stages": dict},
+    **dict.fromkeys(("validation_accuracy", "test_accuracy", "flops", "parameters", "speed_up"), float),
+}
+"""Of what `model.json` says of a finished network."""
 
 
 def measure(job: MetaJob, model: nn.Module, before: Cost) -> dict[str, float]:

@@ -58,6 +58,16 @@ class Pieces:
         count = max(1, min(self.count, len(batch[1]) // self.least))
         return zip(*(part.tensor_split(count) for part in batch), strict=True)
 
+    def read(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What a network in eval mode answers to a batch, without gradients: the same however it is cut."""
+        while True:
+            try:
+                count = max(1, min(self.count, len(images) // self.least))
+                return torch.cat([model(part) for part in images.tensor_split(count)])
+            except torch.OutOfMemoryError:
+                if not self.double():
+                    raise
+
     def double(self) -> bool:
         """Cut into twice as many from now on; whether that was possible."""
         if self.images // (2 * self.count) < self.least:

@@ -29,6 +29,7 @@ from gmn.errors import PruningError
 from gmn.filter_pruning import Shrunk
 from gmn.graph import GraphSpec, group_of
 from gmn.groups import Couplings, KeepMask, inside
+from gmn.guard import Pieces
 from gmn.ranking import refuse_whole
 from gmn.settings import Fit
 from gmn.settings_vote import HeadPruning
@@ -184,6 +185,7 @@ def _scaled(weight: Tensor, slot: EdgeSlot, factors: Tensor) -> Tensor:
 def _learn_scores(scored: _Scored, split: Split, config: HeadPruning, seed: int, augment: Augment | None) -> int:
     """Train weights and scores until every layer is at its ratio, or for J steps; how many steps that took."""
     size, device_type, taken = min(config.batch_size, len(split)), split.labels.device.type, 0
+    pieces = Pieces("head pruning", size, least=2)
 
     def batches(_: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in itertools.islice(passes(split, size, seed, augment=augment), config.iterations):
@@ -194,17 +196,19 @@ def _learn_scores(scored: _Scored, split: Split, config: HeadPruning, seed: int,
 
     def step(batch: tuple[Tensor, Tensor]) -> Metrics:
         nonlocal taken
-        images, labels = batch
-        weights = scored.weights()
-        with torch.autocast(device_type, torch.bfloat16, enabled=config.bf16):
-            logits = functional_call(scored.model, weights, (images,))
-        entropy, norm = F.cross_entropy(logits.float(), labels), scored.norm()
-        (entropy + config.penalty * norm).backward()
+        entropy, norm = 0.0, scored.norm()
+        for images, labels in pieces.cut(batch):
+            with torch.autocast(device_type, torch.bfloat16, enabled=config.bf16):
+                logits = functional_call(scored.model, scored.weights(), (images,))
+            part = F.cross_entropy(logits.float(), labels) * (len(labels) / len(batch[1]))
+            part.backward()
+            entropy += part.item()
+        (config.penalty * norm).backward()
         taken += 1
-        return {"loss": entropy.item(), "scores": norm.item(), "to go": float(scored.surplus.sum())}
+        return {"loss": entropy, "scores": norm.item(), "to go": float(scored.surplus.sum())} | pieces.metrics
 
     scored.model.train()
-    own = {"model": scored.model, "seed": seed, "title": "head pruning"}
+    own = {"model": scored.model, "seed": seed, "title": "head pruning", "pieces": pieces}
     run_epochs(1, config.iterations, batches, step, *_optimizer(scored, config), **own)
     scored.model.zero_grad(set_to_none=True)
     return taken

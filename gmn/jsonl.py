@@ -1,15 +1,22 @@
-"""Files of JSON lines that survive a kill: lines are appended, and half a line at the end is ignored."""
+"""Files of JSON lines that survive a kill: lines are appended, and half a line at the end is ignored.
+
+What a command goes on with may come from a stranger: `checked` compares the fields that are read with their types.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gmn.distributed import leader_writes
-from gmn.errors import naming
+from gmn.errors import CheckpointError, naming
+
+LARGEST = 100_000_000  # bytes
 
 
 @leader_writes
@@ -31,9 +38,16 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a file, torn lines left out; nothing if there is no file."""
+    """The entries of a file, torn lines left out; nothing if there is no file.
+
+    Raises:
+        CheckpointError: if the file has more than 100 MB.
+    """
     if not path.is_file():
         return
+    if (size := path.stat().st_size) > LARGEST:
+        expected = f"{LARGEST:,} bytes at most"
+        raise CheckpointError("the file is too large", expected=expected, got=f"{size:,}", where=str(path))
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
@@ -41,3 +55,28 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue  # the line a killed process was writing
         if isinstance(entry, dict):
             yield entry
+
+
+def checked(content: Any, fields: Mapping[str, type], where: Path) -> dict[str, Any]:
+    """A mapping that has all these fields, each of its type; `float` is any finite number.
+
+    Raises:
+        CheckpointError: naming the field.
+
+    >>> checked({"epoch": 3, "accuracy": True}, {"epoch": int, "accuracy": float}, Path("metrics.jsonl"))
+    Traceback (most recent call last):
+    gmn.errors.CheckpointError: malformed content: expected accuracy: float; got True; in metrics.jsonl
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError("malformed content", expected="a mapping", got=reprlib.repr(content), where=str(where))
+    for name, kind in fields.items():
+        if not _is(value := content.get(name), kind):
+            expected, got = f"{name}: {kind.__name__}", reprlib.repr(value)
+            raise CheckpointError("malformed content", expected=expected, got=got, where=str(where))
+    return content
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300 and not math.isnan(value)  # type: ignore[arg-type]
+    return type(value) is kind and (kind is not str or str(value).isprintable())

@@ -11,7 +11,7 @@ from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork
 from gmn.errors import CheckpointError, GmnError
 from gmn.metanetwork import MetaNetwork
-from gmn.run import METANETWORK_FILE, Run, is_run
+from gmn.run import METANETWORK_FILE, Run, is_run, reading
 from gmn.run_cost import LEARNT, METANETWORK, meta_training
 from gmn.settings import Recipe
 
@@ -60,7 +60,8 @@ def _costs(metanetwork: Path, mine: Path) -> dict[str, dict[str, float]]:
     origin = next((folder for folder in metanetwork.resolve().parents[:2] if is_run(folder)), None)
     if origin is None or origin == mine.resolve():
         return {}
-    return {name: vars(spent) for name, spent in meta_training(origin).items()}
+    with reading(origin / "metrics.jsonl"):
+        return {name: vars(spent) for name, spent in meta_training(origin).items()}
 
 
 def _source(run: Run, row: str, path: Path) -> Path:

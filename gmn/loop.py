@@ -40,7 +40,7 @@ def run_epochs(
 
     Args:
         epochs, steps: Number of epochs, and of steps in each.
-        batches: What an epoch consists of, the same whenever it is asked for.
+        batches: Of an epoch, the same whenever it is asked for.
         step: Computes the gradients of one step and returns its metrics.
         model, average: What is trained, and averaged weights that belong to it.
         start: First epoch, when a run is resumed; the schedule stands there.
@@ -54,10 +54,10 @@ def run_epochs(
     modules = {"model": model} if average is None else {"model": model, "average": average}
     guard = Guard(title, model, optimizer, schedule, (epochs - start) * steps, pieces)
     with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
-        place, random = bookmark.restore(start, modules, optimizer) if bookmark else (Place(start), {})
+        found = bookmark and bookmark.restore(modules, optimizer, start, epochs, steps)
+        place, random = found or (Place(start), {})
         if place.seconds:
-            _go_on(title, place, start, steps, schedule)
-            advance(steps=(place.epoch - start) * steps + place.step)
+            advance(steps=_go_on(title, place, start, steps, schedule))
         for epoch in range(place.epoch, epochs):
             torch.manual_seed(seed * 100_003 + epoch + 7919 * team().rank)  # dropout and the like
             place = place if place.epoch == epoch else Place(epoch, in_a_row=place.in_a_row, seconds=place.seconds)
@@ -80,15 +80,17 @@ def run_epochs(
             bookmark.save(place, modules, optimizer)
 
 
-def _go_on(title: str, place: Place, start: int, steps: int, schedule: LambdaLR) -> None:
-    """Bring schedule and stopwatch from the beginning of epoch `start` to where the training stands."""
+def _go_on(title: str, place: Place, start: int, steps: int, schedule: LambdaLR) -> int:
+    """Bring schedule and stopwatch from the beginning of epoch `start` to where the training stands; steps between."""
     say(f"{title} goes on in epoch {place.epoch + 1}, after {place.step} steps")
     spend(place.since(start))
-    schedule.last_epoch += (place.epoch - start) * steps + place.step
+    done = (place.epoch - start) * steps + place.step
+    schedule.last_epoch += done
     for group, rate, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):
         group["lr"] = rate * factor(schedule.last_epoch)
+    return done
 
 
 def _add(place: Place, metrics: Metrics | None, steps: int) -> None:

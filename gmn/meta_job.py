@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from gmn.convert import to_model
 from gmn.costs import cost
 from gmn.criteria import Importance, refuse_no_loss
 from gmn.data import Data
-from gmn.errors import RecipeError
+from gmn.errors import MALFORMED, CheckpointError, RecipeError, one_line
 from gmn.groups import couplings
 from gmn.learnt import Learnt, adopt, further, named
 from gmn.library_pruner import prune_with
@@ -127,52 +129,62 @@ class MetaJob(PruneJob):
         return [epoch for epoch in range(1, self.recipe.meta_train.epochs + 1) if self.checkpoint(epoch).is_file()]
 
     def learn(self) -> None:
-        """Meta-train; one checkpoint per epoch, from the last of which a stopped run goes on."""
-        settings, done = self.recipe.meta_train, self._last_sound()
-        if done == settings.epochs or self._no_better(done):
-            return
-        subjects = [self.subject(self.data_model(index)) for index in range(self.recipe.data_models.train)]
+        """Meta-train; one checkpoint per epoch. A stopped run goes on after the last, and makes damaged ones again."""
+        subjects: list[DataModel] = []
+        for start, end in self._missing():
+            if start < end and not self._no_better(start):
+                subjects = subjects or [self.subject(self.data_model(i)) for i in range(self.recipe.data_models.train)]
+                self._learn(subjects, start, end)
+
+    def _missing(self) -> Iterator[tuple[int, int]]:
+        """Ranges of epochs without a sound checkpoint: the last one before, and the last of them."""
+        epochs = self.recipe.meta_train.epochs
+        sound = [epoch for epoch in range(1, epochs + 1) if is_readable(self.checkpoint(epoch))]
+        gaps = [(start, end - 1) for start, end in pairwise([0, *sound]) if end - start > 1]
+        for gap in gaps:
+            self.run.forget()  # what is under way there is of a later epoch
+            yield gap
+        yield max(sound, default=0), epochs
+
+    def _learn(self, subjects: list[DataModel], start: int, end: int) -> None:
+        """Meta-train from the checkpoint of one epoch to that of another."""
         metanetwork = self.new_metanetwork(subjects).train()
-        optimizer = make_optimizer(metanetwork, settings)
-        if done:
-            saved, _, tensors = load_metanetwork(self.checkpoint(done))
-            metanetwork.load_state_dict(saved.state_dict())
-            restore_optimizer(optimizer, tensors)
-            say(f"meta-training goes on after epoch {done}")
+        optimizer = make_optimizer(metanetwork, self.recipe.meta_train)
+        if start:
+            self._go_on(start, metanetwork, optimizer)
 
         def save(epoch: int, optimizer: Optimizer) -> bool:
             epoch_done(epoch=epoch + 1)
             state = optimizer_tensors(optimizer)
             save_metanetwork(self.checkpoint(epoch + 1), metanetwork, self.layout, **state)
-            return self._no_better(epoch + 1)
+            return self._no_better(epoch + 1) or epoch + 1 == end
 
         with stage(self.run.log, "meta-training") as epoch_done:
             train_metanetwork(
                 metanetwork,
                 subjects,
                 self.data.train,
-                settings,
+                self.recipe.meta_train,
                 seed=self.recipe.seed,
                 augment=self.augment,
-                start=done,
+                start=start,
                 optimizer=optimizer,
                 log=self.run.logger("meta-train"),
                 after_epoch=save,
                 bookmark=self.bookmark(TITLE),
             )
 
-    def _last_sound(self) -> int:
-        """The last epoch with a checkpoint, 0 if none; a damaged one is deleted with those after it."""
-        done = 0
-        for epoch in self.checkpoints():
-            if not is_readable(self.checkpoint(epoch), f"meta-training goes on after epoch {done}"):
-                for later in self.checkpoints()[::-1]:
-                    if later >= epoch:
-                        self.checkpoint(later).unlink(missing_ok=True)
-                self.run.forget()
-                break
-            done = epoch
-        return done
+    def _go_on(self, epoch: int, metanetwork: MetaNetwork, optimizer: Optimizer) -> None:
+        """Fill metanetwork and optimizer from the checkpoint of an epoch."""
+        path = self.checkpoint(epoch)
+        saved, _, tensors = load_metanetwork(path)
+        try:
+            metanetwork.load_state_dict(saved.state_dict())
+            restore_optimizer(optimizer, tensors)
+        except MALFORMED as error:
+            hint = "delete it, and the one before it is taken"
+            raise CheckpointError("not of this run", got=one_line(error), where=str(path), hint=hint) from error
+        say(f"meta-training goes on after epoch {epoch}")
 
     def new_metanetwork(self, subjects: list[DataModel]) -> MetaNetwork:
         """An untrained metanetwork with an encoder for every kind of edge in the data models."""

@@ -118,7 +118,7 @@ def reopened_metanetwork(folder: Path) -> MetaJob:
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
         raise RecipeError("the run has no metanetwork", expected=expected, got=str(folder))
-    return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=True))
+    return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=True, visits=True))
 
 
 def _named_by(recipe: AnyRecipe) -> list[str]:

@@ -23,6 +23,7 @@ from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import Couplings, KeepMask
 from gmn.initial import brief, candidates, largest
 from gmn.job import Job
+from gmn.jsonl import checked
 from gmn.library_pruner import Pruner, library_pruner
 from gmn.progress import say
 from gmn.ranking import Pruned, masks_of
@@ -94,7 +95,10 @@ class PruneJob(Job):
     def initial_speed_up(self) -> float:
         """The recipe's; where that is `auto`, what was found on the first network, for all networks of the run."""
         stated = self.recipe.data_models.initial_speed_up
-        return load_json(self._found)["speed_up"] if stated == "auto" else stated
+        if stated != "auto":
+            return stated
+        found = checked(load_json(self._found), {"speed_up": float}, self._found)["speed_up"]
+        return max(1.0, float(found))
 
     @property
     def _found(self) -> Path:

@@ -67,6 +67,8 @@ class RayEngine:
         except (lost.WorkerCrashedError, lost.NodeDiedError, lost.OutOfMemoryError, lost.ObjectLostError) as error:
             tries, hint = f"{self._retries + 1} times", "out of memory? give --cpus-per-task or --gpus-per-task more"
             return GmnError("the worker died", got=f"{type(error).__name__}, {tries}", hint=hint)
+        except lost.RayTaskError as error:  # what it was there: the disk, memory, a bug
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
 
 def _permitted(allowed: frozenset[str] | None, function: Callable[[Job], Found], job: Job) -> Found:

@@ -14,6 +14,7 @@ entries/ cells/                                 the runs that a transfer matrix 
 
 from __future__ import annotations
 
+import filecmp
 import importlib.metadata
 import json
 import os
@@ -31,7 +32,7 @@ from rich.errors import MarkupError
 from gmn.checkpoint import load_json, make_folder, save_bytes, save_json, save_text
 from gmn.distributed import leader_writes, team
 from gmn.errors import MALFORMED, CheckpointError, GmnError, one_line
-from gmn.jsonl import append_line, read_lines
+from gmn.jsonl import append_line, checked, read_lines
 from gmn.lock import alone
 from gmn.names import printable
 from gmn.permission import allow_code
@@ -41,6 +42,12 @@ from gmn.progress import say
 PACKAGES = ("gmn", "torch", "torchvision", "torch-geometric", "torch-pruning", "timm")
 UNDER_WAY = "under-way"
 METANETWORK_FILE = "metanetwork.safetensors"
+READ_BACK: dict[str, dict[str, type]] = {
+    "meta-train": {"epoch": int},
+    "select": {"epoch": int, "validation_accuracy": float},
+    "probe": {"checkpoint": int, "finetune_images": int, "accuracy": float, "pruned": float},
+}
+"""Events of the log that a run goes on with, the fields they must have; all others are numbers too."""
 
 
 class Run:
@@ -52,15 +59,23 @@ class Run:
         resume: Go on with what the folder holds; its recipe must be the same.
         overwrite: Delete what the folder holds, if it is a run folder.
         shared: Beside other processes, which then share the work; otherwise there is one at a time.
+        visits: To look at it; should it not be finished, what is under way stays for who goes on with it.
 
     Raises:
         GmnError: if the folder exists and neither was asked for, or the recipe differs.
     """
 
     def __init__(
-        self, folder: Path, recipe: str, *, resume: bool = False, overwrite: bool = False, shared: bool = False
+        self,
+        folder: Path,
+        recipe: str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        shared: bool = False,
+        visits: bool = False,
     ) -> None:
-        self.folder, self.recipe, self.shared, self._resumes = folder, recipe, shared, resume
+        self.folder, self.recipe, self.shared, self.visits, self._resumes = folder, recipe, shared, visits, resume
         self._held, self._known, self._started = ExitStack(), set[str](), False
         saved = folder / "recipe.yaml"
         if saved.is_file() and not overwrite:
@@ -118,12 +133,14 @@ class Run:
 
     def forget(self) -> None:
         """Delete the trainings under way: what they were part of is finished and kept. Not those of others."""
-        if not self.shared and team().leads:
+        needed = self.visits and not (self.folder / "report.json").is_file()
+        if not self.shared and not needed and team().leads:
             shutil.rmtree(self.folder / UNDER_WAY, ignore_errors=True)
 
     def _compare_threads(self) -> None:
-        before, now = load_json(self.folder / "environment.json").get("threads"), torch.get_num_threads()
-        if before not in (None, now):
+        path, now = self.folder / "environment.json", torch.get_num_threads()
+        before = checked(load_json(path), {}, path).get("threads")
+        if type(before) is int and before != now:
             say(f"warning: the run was begun with {before} threads and goes on with {now}: its last digits may differ")
 
     def adopt(self, metanetwork: Path, name: str = METANETWORK_FILE) -> None:
@@ -131,7 +148,7 @@ class Run:
         mine = self.folder / name
         if not mine.is_file():
             save_bytes(mine, metanetwork.read_bytes())
-        elif mine.read_bytes() != metanetwork.read_bytes():
+        elif not filecmp.cmp(mine, metanetwork, shallow=False):
             hint = "start anew with --overwrite"
             raise GmnError("cannot resume with another metanetwork", got=str(metanetwork), hint=hint)
 
@@ -153,11 +170,19 @@ class Run:
         return made
 
     def events(self, event: str) -> Iterator[dict[str, Any]]:
-        """The lines of one event; after a resume, the later line of the same epoch stands."""
+        """The lines of one event; after a resume, the later line of the same epoch stands.
+
+        Raises:
+            CheckpointError: if a line is not what gmn would have written.
+        """
         latest: dict[Any, dict[str, Any]] = {}
-        for number, entry in enumerate(read_lines(self.folder / "metrics.jsonl")):
-            if entry.get("event") == event:
-                latest[entry.get("epoch", -number)] = entry
+        path, fields = self.folder / "metrics.jsonl", READ_BACK.get(event)
+        for number, entry in enumerate(read_lines(path)):
+            if entry.get("event") != event:
+                continue
+            if fields is not None:
+                checked(entry, {**dict.fromkeys(entry.keys() - {"event", "time"}, float), **fields}, path)
+            latest[entry["epoch"] if fields and "epoch" in fields else -number] = entry
         yield from latest.values()
 
 

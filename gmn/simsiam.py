@@ -20,6 +20,7 @@ from gmn.bookmark import Bookmark
 from gmn.convert import to_graph
 from gmn.data import Augment, Split
 from gmn.errors import DataError, NetworkError
+from gmn.guard import Pieces
 from gmn.settings import Fit
 from gmn.settings_vote import SimSiam
 from gmn.tasks import head_of
@@ -68,14 +69,14 @@ def pretrain(
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         return split.batches(size, generator=generator(seed, epoch), augment=views, drop_last=True)
 
-    twins = _Twins(model, _head(model, example_inputs), config, seed).train()
+    twins = _Twins(model, _head(model, example_inputs), config, seed, Pieces(title, size, least=2)).train()
     # the head is not left out: nothing that it puts out is used, and no optimizer moves what has no gradient
     numbers = config.model_dump(include={"epochs", "lr", "momentum", "weight_decay"})
     sgd = Fit(**numbers, schedule="cosine")
     optimizer = make_optimizer(twins, sgd)
     schedule = make_schedule(optimizer, sgd, steps)
     try:
-        own = {"model": twins, "bookmark": bookmark, "seed": seed, "title": title, "log": log}
+        own = {"model": twins, "bookmark": bookmark, "seed": seed, "title": title, "log": log, "pieces": twins.pieces}
         run_epochs(config.epochs, steps, batches, twins.step, optimizer, schedule, **own)
     finally:
         twins.hook.remove()
@@ -168,8 +169,9 @@ def _recoloured(images: Tensor, draws: Tensor, config: SimSiam) -> Tensor:
 class _Twins(nn.Module):
     """The network, and a projector and a predictor on what its head reads; `hook` must be removed in the end."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear, config: SimSiam, seed: int) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear, config: SimSiam, seed: int, pieces: Pieces) -> None:
         super().__init__()
+        self.pieces = pieces
         self.model, self.width, self.bf16 = model, head.in_features, config.bf16
         self.seen: list[Tensor] = []
         # not by putting an identity in the head's place: what comes after the head would still be computed
@@ -196,12 +198,17 @@ class _Twins(nn.Module):
     def step(self, batch: tuple[Tensor, Tensor]) -> Metrics:
         """The gradients of one batch: views `[2b, C, H, W]`, and labels that are not read."""
         first, second = batch[0].chunk(2)
-        # one after the other, as in the paper: each view is normalised by its own batch
-        with torch.autocast(first.device.type, torch.bfloat16, enabled=self.bf16):
-            (p1, z1), (p2, z2) = self(first), self(second)
-        loss = siamese_loss(p1.float(), z1.float(), p2.float(), z2.float())
-        loss.backward()
-        return {"loss": loss.item(), "spread": spread(z1.detach().float())}
+        metrics = {"loss": 0.0, "spread": 0.0}
+        for one, other in self.pieces.cut((first, second)):
+            # one after the other, as in the paper: each view is normalised by its own batch
+            with torch.autocast(first.device.type, torch.bfloat16, enabled=self.bf16):
+                (p1, z1), (p2, z2) = self(one), self(other)
+            share = len(one) / len(first)
+            loss = share * siamese_loss(p1.float(), z1.float(), p2.float(), z2.float())
+            loss.backward()
+            metrics["loss"] += loss.item()
+            metrics["spread"] += share * spread(z1.detach().float())
+        return metrics | self.pieces.metrics
 
 
 def _hidden(inputs: int, outputs: int) -> tuple[nn.Module, ...]:

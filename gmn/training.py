@@ -47,11 +47,12 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
     training = model.training
     model.eval()
     right, loss, count = 0, 0.0, 0
+    pieces = Pieces("evaluation", batch_size)
     with torch.no_grad():
         for images, labels in split.sample(limit).batches(batch_size, parts=team().parts([batch_size])):
             if not len(labels):
                 continue  # all images of the last batch are other processes'
-            logits = model(images)
+            logits = pieces.read(model, images)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             count += len(labels)

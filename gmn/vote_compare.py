@@ -9,13 +9,13 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from gmn.checkpoint import save_json, save_model
 from gmn.errors import GmnError
 from gmn.filter_pruning import Shrunk
 from gmn.job import choose_device
-from gmn.jsonl import append_line, read_lines
+from gmn.jsonl import append_line, checked, read_lines
 from gmn.progress import say, track
 from gmn.spread import spread
 from gmn.trials import Begun, Finished, Trial, begin, finish, plan
@@ -23,7 +23,7 @@ from gmn.vote_job import VoteJob
 from gmn.zoo import save_task
 from gmn.zoo_build import CPU, stored
 
-KEYS = [field.name for field in dataclasses.fields(Trial)]
+TRIAL = get_type_hints(Trial)
 Result = dict[str, Any]
 
 
@@ -104,11 +104,13 @@ def _said(trial: Trial, result: Result) -> str:
 
 
 def _known(path: Path) -> dict[tuple[Any, ...], Result]:
-    return {_key(result): result for result in read_lines(path) if set(KEYS) <= result.keys()}
+    """The finished trials; CheckpointError if a line has their names but is not what gmn would have written."""
+    found = (checked(line, TYPES, path) for line in read_lines(path) if line.keys() >= TRIAL.keys())
+    return {_key(result): result for result in found}
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry[name] for name in KEYS)
+    return tuple(entry[name] for name in TRIAL)
 
 
 def _save(job: VoteJob, begun: Begun, found: Finished) -> None:
@@ -148,3 +150,5 @@ MEANS = (
     *("validation_accuracy", "test_accuracy", "iterations", "neighbours"),
     *("training_flops", "search_flops", "flops", "parameters"),
 )
+TYPES = dict.fromkeys(MEANS, float) | TRIAL
+"""Of a line in results.jsonl."""

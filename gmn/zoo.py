@@ -158,7 +158,7 @@ class Zoo(ZooReading):
             zoo_claims.release(db, task.name)
 
     def release_stale(self, seconds: float) -> int:
-        """Free tasks of dead processes, and those claimed so long ago, by whatever machine; return how many."""
+        """Free tasks of dead processes of this machine, and those that others claimed so long ago; return how many."""
         with self._index.write() as db:
             return zoo_claims.release_dead(db) + zoo_claims.release_old(db, seconds)
 

@@ -41,5 +41,6 @@ def release_dead(db: sqlite3.Connection) -> int:
 
 
 def release_old(db: sqlite3.Connection, seconds: float) -> int:
-    """Free the tasks that were claimed so long ago, whoever works on them; how many."""
-    return db.execute("DELETE FROM claims WHERE since <= ?", [time.time() - seconds]).rowcount
+    """Free the tasks that other machines claimed so long ago, where one cannot see whether they live; how many."""
+    query = "DELETE FROM claims WHERE since <= ? AND machine != ?"
+    return db.execute(query, [time.time() - seconds, machine()]).rowcount

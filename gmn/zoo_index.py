@@ -113,7 +113,7 @@ class Index:
     def write(self) -> Iterator[sqlite3.Connection]:
         """A transaction that holds off all other writers; nothing of it stays if its body raises."""
         if not self.writable:
-            raise GmnError("the zoo cannot be written to", where=str(self.path), hint="copy it to a folder of your own")
+            raise PermissionError(errno.EACCES, "the zoo cannot be written to; copy it", str(self.path))
         with self.read() as db:
             db.execute("BEGIN IMMEDIATE")
             try:

@@ -18,10 +18,12 @@ from made_runs import CNN, built, call, make_run
 import gmn
 from gmn.checkpoint import save_json
 from gmn.errors import CheckpointError, GmnError
+from gmn.jsonl import append_line, read_lines
 from gmn.pipeline import reopened
 from gmn.recipe import dump_recipe, load_recipe
 from gmn.run import Run, load_report, open_run
 from gmn.run_networks import best, side_by_side
+from gmn.vote_compare import MEANS, _known
 
 
 @pytest.fixture
@@ -119,3 +121,47 @@ def test_names_in_markup_are_no_styles(run: Path) -> None:
     with pytest.raises(GmnError):
         best(run)
     assert load_report(run)["recipe"] == "[/b]"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"event": "select", "epoch": [1], "validation_accuracy": 0.5}, "expected epoch: int; got \\[1\\]"),
+        ({"event": "select", "epoch": 1, "validation_accuracy": "high"}, "expected validation_accuracy: float"),
+        ({"event": "select", "epoch": 1, "validation_accuracy": 10**400}, "expected validation_accuracy: float"),
+        ({"event": "select", "epoch": 1}, "expected validation_accuracy: float; got None"),
+        ({"event": "select", "epoch": 1, "validation_accuracy": 0.5, "more": {}}, "expected more: float"),
+    ],
+)
+def test_a_log_that_is_gone_on_with(run: Path, line: dict[str, Any], said: str) -> None:
+    append_line(run / "metrics.jsonl", line)
+    gone_on = Run(run, (run / "recipe.yaml").read_text(), resume=True)
+    with pytest.raises(CheckpointError, match=rf"malformed content: {said}.*metrics\.jsonl"):
+        gone_on.recorded("select", {"epoch": 1}, lambda: {})
+
+
+def test_an_environment_of_another_form(run: Path) -> None:
+    (run / "environment.json").write_text("[]")
+    with (
+        pytest.raises(CheckpointError, match="malformed content: expected a mapping"),
+        Run(run, (run / "recipe.yaml").read_text(), resume=True) as gone_on,
+    ):
+        gone_on.start()
+
+
+def test_results_of_another_form(tmp_path: Path) -> None:
+    whole = {"row": "vote", "target": "t", "seed": 0, "iterations": 5, "neighbours": 1, "similarity": "", "group": 0}
+    append_line(tmp_path / "results.jsonl", whole | dict.fromkeys(MEANS, 1) | {"iterations": 5, "neighbours": 1})
+    assert len(_known(tmp_path / "results.jsonl")) == 1
+    append_line(tmp_path / "results.jsonl", {"row": "another event"})
+    assert len(_known(tmp_path / "results.jsonl")) == 1
+    append_line(tmp_path / "results.jsonl", whole)
+    with pytest.raises(CheckpointError, match="expected validation_accuracy: float; got None"):
+        _known(tmp_path / "results.jsonl")
+
+
+def test_a_log_that_is_too_large(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    os.truncate(tmp_path / "metrics.jsonl", 2**40)  # it has no content
+    with pytest.raises(CheckpointError, match="the file is too large: expected 100,000,000 bytes at most"):
+        list(read_lines(tmp_path / "metrics.jsonl"))

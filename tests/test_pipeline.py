@@ -211,8 +211,8 @@ def test_the_base_is_not_touched_by_the_initial_fine_tuning(tiny_recipe: Recipe,
 def test_a_line_torn_by_a_killed_run_does_no_harm(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "recipe")
     run.start()
-    run.log("select", epoch=1)
+    run.log("select", epoch=1, validation_accuracy=0.5)
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"event": "sel')
-    run.log("select", epoch=2)
+    run.log("select", epoch=2, validation_accuracy=0.6)
     assert [entry["epoch"] for entry in run.events("select")] == [1, 2]

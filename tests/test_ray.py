@@ -4,11 +4,13 @@
 * a worker that is killed in the middle costs its job one try; one that dies every time is an error of that job alone
 * the tasks of a zoo: the same masks, weights and accuracies as in one process, claimed by the caller, whose claims are
   released when it stops; a worker killed in the middle loses nothing
+* a full disk or too little memory in a worker ends the caller as if it were its own
 * what cannot be is refused in one line
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -25,6 +27,7 @@ import gmn
 from gmn.backbone import Backbone
 from gmn.data import Data
 from gmn.engine import HERE, Engine, engine_named
+from gmn.exits import verdict
 from gmn.ray_engine import RayEngine, ray_engine
 from gmn.settings_vote import FilterPruning
 from gmn.tasks import sample_tasks
@@ -109,6 +112,17 @@ def test_a_killed_worker_costs_a_try(engine: RayEngine, tmp_path: Path) -> None:
     assert (tmp_path / "once").exists()
     assert isinstance(found["always"], gmn.GmnError)
     assert "the worker died: got WorkerCrashedError, 2 times" in str(found["always"])
+
+
+def full(job: str) -> str:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), job)
+
+
+def test_what_stops_a_worker_stops_the_caller(engine: RayEngine) -> None:
+    """With the exit code and the one line that it has here."""
+    with pytest.raises(OSError, match="No space left") as caught:
+        list(engine.map(full, ["there/a.json"]))
+    assert verdict(caught.value) == (3, "No space left on device: there/a.json")
 
 
 # -- a zoo -------------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_a_zoo_that_is_read_only(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(other.tasks()) == 3
     assert other.verify() == []
     assert torch.equal(other.load("task-1")[1].keep, found(1)[0])
-    with pytest.raises(GmnError, match="cannot be written to"):
+    with pytest.raises(PermissionError, match="cannot be written to"):
         other.claim("a")
     assert names(zoo.folder) == ["index.sqlite", "tasks"]
 

@@ -200,3 +200,17 @@ def test_seed(monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
     assert seeds == [0, 7, 3]
     assert {entry.seed for entry in load_recipe("matrix", seed=7).entries.values()} == {7}
     assert call(monkeypatch, *verb, "quickstart", "--seed", "-1") == 2
+
+
+def test_a_visit_leaves_what_is_under_way(tmp_path: Path) -> None:
+    """`gmn curve` and `gmn select` look at runs that others go on with."""
+    state = tmp_path / "run" / "under-way" / "a.0.safetensors"
+    for finished in (False, True):
+        save_tensors(state, {"w": torch.zeros(1)}, {})
+        save_json(tmp_path / "run" / "environment.json", {})
+        (tmp_path / "run" / "recipe.yaml").write_text("recipe")
+        if finished:
+            save_json(tmp_path / "run" / "report.json", {})
+        with Run(tmp_path / "run", "recipe", resume=True, visits=True) as run:
+            run.start()
+        assert state.is_file() is not finished

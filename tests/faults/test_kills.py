@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from typing import Any
 import pytest
 from conftest import TINY, VOTE_TINY
 from evidence import evidence
+
+from gmn.run import load_report
 
 META = ["quickstart", *TINY, "data.limit=120", "prune.steps=40", "report.baselines=[direct]", "data_models.val=0"]
 META += ["checkpoint_every=1e-9"]
@@ -112,6 +115,18 @@ def test_damaged_files_are_made_again(order: Order, meta: Whole, tmp_path: Path)
     assert evidence(folder) == meta[1]
 
 
+def test_a_damaged_checkpoint_costs_its_epoch_alone(order: Order, meta: Whole, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(meta[0], tmp_path / "run"))
+    for name in ("report.json", "metanetwork.safetensors"):
+        (folder / name).unlink()
+    first, second = (folder / "checkpoints" / f"epoch-00{epoch}.safetensors" for epoch in (1, 2))
+    os.truncate(first, 1000)
+    before = second.stat().st_ino
+    assert order(["meta-train", META, str(folder)])[0][0] == 0
+    assert evidence(folder) == meta[1]
+    assert second.stat().st_ino == before
+
+
 def test_two_runs_with_the_same_seed(order: Order, meta: Whole, tmp_path: Path) -> None:
     assert whole(order, tmp_path / "again", [*META, "checkpoint_every=60.0", "seed=0"])[1] == meta[1]
 
@@ -150,6 +165,89 @@ def test_a_run_that_is_killed_again_and_again(order: Order, meta: Whole, tmp_pat
     assert kills == 4
     assert order(["meta-train", META, str(folder)])[0][0] == 0
     assert evidence(folder) == meta[1]
+
+
+SELECT = ["--min-accuracy=0.01", "--finetune-images=100", "--use"]
+SOME = [pytest.param(number, marks=[pytest.mark.soak] if number else []) for number in range(5)]
+
+
+@pytest.mark.parametrize("number", SOME)
+def test_a_killed_search_for_a_checkpoint(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
+    """It has no `--resume`: what is found is kept, and asked for again it ends like one that nobody killed."""
+    one, other = (Path(shutil.copytree(meta[0], tmp_path / name)) for name in ("one", "other"))
+    [[status, ticks]] = order(["select", SELECT, str(one)])
+    assert status == 0
+    [tick] = moments(ticks, 5, seed=5)[number : number + 1]
+    assert order(["select", SELECT, str(other), tick]) == [[-signal.SIGKILL, 0]]
+    assert order(["select", SELECT, str(other)])[0][0] == 0
+    assert evidence(other) == evidence(one)
+
+
+@pytest.mark.parametrize("number", SOME)
+def test_a_killed_pruning(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
+    recipe = [*META, f"--meta={meta[0]}"]
+    [[status, ticks]] = order(["prune", recipe, str(tmp_path / "one")])
+    assert status == 0
+    [tick] = moments(ticks, 5, seed=6)[number : number + 1]
+    assert order(["prune", recipe, str(tmp_path / "other"), tick]) == [[-signal.SIGKILL, 0]]
+    assert order(["prune", recipe, str(tmp_path / "other")])[0][0] == 0
+    assert evidence(tmp_path / "other") == evidence(tmp_path / "one")
+
+
+MATRIX = ["matrix", *(f"common.{field}" for field in META[1:] if not field.startswith("network"))]
+MATRIX += ["entries.resnet8.network.options={width: 4, shortcut: B}", "columns=[resnet8]"]
+
+
+@pytest.mark.soak
+def test_a_killed_matrix(order: Order, tmp_path: Path) -> None:
+    """Its entries and cells are runs of their own; it is killed in each of them."""
+    [[status, ticks]] = order(["meta-train", MATRIX, str(tmp_path / "one")])
+    assert status == 0
+    found = {}
+    for number, tick in enumerate(moments(ticks, 5, seed=7)):
+        folder = str(tmp_path / str(number))
+        assert order(["meta-train", MATRIX, folder, tick]) == [[-signal.SIGKILL, 0]]
+        assert order(["meta-train", MATRIX, folder])[0][0] == 0
+        found[tick] = evidence(Path(folder))
+    assert set(found) == {tick for tick, own in found.items() if own == evidence(tmp_path / "one")}
+
+
+@pytest.mark.soak
+def test_a_killed_caller_of_a_cluster(order: Order, meta: Whole, tmp_path: Path) -> None:
+    """Workers were making its rows; it goes on with a new cluster."""
+    folder, sets = tmp_path / "run", [part for field in META[1:] for part in ("--set", field)]
+    command = [sys.executable, "-m", "gmn", "meta-train", META[0], *sets, "--run", str(folder), "--engine", "ray"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment)
+    while not (folder / "models" / "start" / "model.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)  # the workers begin
+    process.kill()
+    process.wait()
+    assert not (folder / "report.json").exists()
+    subprocess.run([*command, "--resume"], check=True, env=environment)
+    assert evidence(folder) == meta[1]
+
+
+@pytest.mark.soak
+def test_another_number_of_processes(tmp_path: Path) -> None:
+    """A run that `accelerate launch` began with two processes and that was killed is finished by one."""
+    folder, sets = tmp_path / "run", [part for field in META[1:] for part in ("--set", field)]
+    gmn = ["-m", "gmn", "meta-train", META[0], *sets, "--set", "meta_train.epochs=6", "--run", str(folder)]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    process = subprocess.Popen([sys.executable, *launch, *options, *gmn], env=environment, start_new_session=True)
+    while not (folder / "checkpoints" / "epoch-002.safetensors").is_file():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "report.json").exists()
+    subprocess.run([sys.executable, *gmn, "--resume"], check=True, env=environment)
+    assert len(list((folder / "checkpoints").iterdir())) == 6
+    assert len(load_report(folder)["meta_train"]) == 6
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 * Stopped after any step, a training ends with the weights, the averages and the log of one that was not stopped, with
   dropout, mixed images, averaged weights, warm-up and momentum; also when the newest file is damaged, or all are.
 * Two files are kept; a short training leaves none; seconds before the stop count.
-* Files of before the epoch that a run starts with are not used.
+* Files of before the epoch that a run starts with are not used; those of another training are refused, not taken.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from gmn import stages
 from gmn.bookmark import Bookmark, Place
+from gmn.checkpoint import load_tensors, save_tensors
+from gmn.errors import CheckpointError
 from gmn.settings import Fit
 from gmn.training import fit
 
@@ -108,7 +110,7 @@ def test_seconds_before_the_stop_count(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bookmark.save(Place(0, STEPS, seconds=[500.0]), {"model": model}, optimizer)
     with stages.stage(lambda event, **values: lines.append(values), "learning"):
-        place, _ = bookmark.restore(0, {"model": copy.deepcopy(model)}, optimizer)
+        place, _ = bookmark.restore({"model": copy.deepcopy(model)}, optimizer, 0, 1, STEPS)
         stages.spend(place.since(0))
     assert 500 <= lines[0]["seconds"] < 501
 
@@ -117,5 +119,39 @@ def test_files_of_earlier_epochs_are_not_used(tmp_path: Path) -> None:
     model, bookmark = nn.Linear(2, 2), Bookmark(tmp_path / "x", 1e-9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bookmark.save(Place(1, 3, seconds=[1.0, 1.0]), {"model": model}, optimizer)
-    assert bookmark.restore(2, {"model": model}, optimizer)[0] == Place(2)
-    assert bookmark.restore(1, {"model": model}, optimizer)[0].step == 3
+    assert bookmark.restore({"model": model}, optimizer, 2, 3, STEPS)[0] == Place(2)
+    assert bookmark.restore({"model": model}, optimizer, 1, 3, STEPS)[0].step == 3
+
+
+def other_kind(name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Make the state of a training one that this training cannot have."""
+    changes: dict[str, Any] = {
+        "epoch": lambda: meta.update(epoch=3),
+        "step": lambda: meta.update(step=STEPS + 1),
+        "seconds": lambda: meta.update(seconds=[]),
+        "sums": lambda: meta.update(sums={"event": 1.0}),
+        "type": lambda: meta.update(skipped="2"),
+        "field": lambda: meta.update(more=1),
+        "weights": lambda: tensors.update({"model.5.weight": torch.zeros(3, 16)}),
+        "lost": lambda: tensors.pop("model.5.bias"),
+        "moments": lambda: tensors.update({"optimizer.0.exp_avg": torch.zeros(1)}),
+        "another optimizer": lambda: tensors.pop("optimizer.0.exp_avg"),
+        "count": lambda: tensors.update({"optimizer.0.step": torch.tensor(-1.0)}),
+        "parameter": lambda: tensors.update({"optimizer.77.step": torch.tensor(1.0)}),
+        "random numbers": lambda: tensors.update({"random.cpu": torch.zeros(3)}),
+    }
+    changes[name]()
+
+
+KINDS = ["epoch", "step", "seconds", "sums", "type", "field", "weights", "lost", "moments", "another optimizer"]
+
+
+@pytest.mark.parametrize("name", [*KINDS, "count", "parameter", "random numbers"])
+def test_a_state_of_another_training_is_refused(tmp_path: Path, name: str) -> None:
+    stopped(CONFIGS["adamw"], tmp_path, 6)
+    newest = max(tmp_path.iterdir())
+    tensors, meta = load_tensors(newest)
+    other_kind(name, tensors, meta)
+    save_tensors(newest, tensors, meta)
+    with pytest.raises(CheckpointError, match=rf"not of this training.*{newest.name}; delete .*, and it begins anew"):
+        train(CONFIGS["adamw"], Bookmark(tmp_path / "x", 60.0))

@@ -4,11 +4,12 @@
   counts it, and its means are those of the other steps.
 * Five in a row stop the training with the cause, in a short one all of its steps.
 * Out of memory: mini-batches are read in pieces from then on; the gradient is that of the whole where norms do not
-  learn from the batch. What does not fit in the smallest pieces is an error.
+  learn from the batch, also in evaluations, head pruning and SimSiam. What does not fit at all is an error.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -20,12 +21,16 @@ from torch import Tensor, nn
 
 import gmn
 from gmn.errors import TrainingError
+from gmn.filter_pruning import Shrunk
 from gmn.guard import Pieces
+from gmn.head_pruning import head_prune
 from gmn.loop import run_epochs
 from gmn.meta_train import DataModel, meta_step
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.settings import Fit
-from gmn.training import fit, make_optimizer, make_schedule
+from gmn.settings_vote import HeadPruning, SimSiam
+from gmn.simsiam import pretrain
+from gmn.training import evaluate, fit, make_optimizer, make_schedule
 
 
 def loop(gradients: list[float], losses: list[float] | None = None) -> tuple[float, list[dict[str, float]]]:
@@ -147,3 +152,54 @@ def test_a_meta_step_in_pieces() -> None:
     assert cut["pieces"] == 3
     assert whole["loss"] == pytest.approx(cut["loss"])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, three, strict=True))
+
+
+def crowded(model: nn.Module, room: int) -> list[int]:
+    """Let the network have no memory for more images; the sizes of the batches that it read."""
+    seen: list[int] = []
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        seen.append(len(inputs[0]))
+
+    model.register_forward_pre_hook(hook)
+    return seen
+
+
+def test_an_evaluation_in_pieces() -> None:
+    model, split = plain().eval(), dark_and_bright()
+    whole = evaluate(model, split)
+    seen = crowded(model, 5)
+    assert evaluate(model, split) == pytest.approx(whole)
+    assert max(seen) <= 5
+    assert sum(seen) == len(split)
+    crowded(model, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, split)
+
+
+def test_self_supervised_training_in_pieces() -> None:
+    """Its loss compares the views of one image, so that images can be read apart."""
+    model = built({"name": "cifar.resnet8", "num_classes": 10, "in_channels": 1, "options": {"width": 4}})
+    split, log = gmn.load_data("digits", limit=64).train, list[dict[str, float]]()
+    example, seen = torch.zeros(2, 1, 8, 8), crowded(model, 9)
+    config = SimSiam(epochs=1, batch_size=len(split) // 2, projection=16, bottleneck=8)
+    pretrain(model, split, config, example, log=log.append)
+    assert log[0]["pieces"] > 1
+    assert -1 <= log[0]["loss"] < 0
+    assert max(seen) <= 9
+
+
+def test_head_pruning_in_pieces() -> None:
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 4}
+    model = built({"name": "timm.vit_tiny_patch16_224", "num_classes": 10, "in_channels": 1, "options": options})
+    split, found = gmn.load_data("digits", limit=64).train, list[Shrunk]()
+    for room in (100, 4):
+        config = HeadPruning(iterations=30, final_iterations=0, lr=1e-3, batch_size=16)
+        own = copy.deepcopy(model)
+        crowded(own, room)
+        found.append(head_prune(own, split, config, torch.zeros(1, 1, 8, 8), ratio=0.5))
+    assert torch.equal(found[0].keep.keep, found[1].keep.keep)
+    for a, b in zip(found[0].model.parameters(), found[1].model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-3)

@@ -1,8 +1,8 @@
 """Runs that kill themselves: a server that imports everything once, and forks a process for every run.
 
 It reads orders from stdin, a line of JSON each: a list of `[verb, recipe, folder, tick, fault]`, which run at the same
-time: `gmn VERB` on the folder, with a recipe and overrides. At the tick (null: never) the fault happens; in place of a
-number it may be a part of a path, and means the first access to such a file:
+time: `gmn VERB` on the folder, with recipe, overrides and options (`select`: options alone). At the tick (null: never)
+the fault happens; in place of a number it may be a part of a path, and means the first access to such a file:
 
     kill        the process sends itself SIGKILL
     interrupt   it sends itself SIGINT, as Ctrl-C does
@@ -68,8 +68,10 @@ def work(verb: str, recipe: list[str], folder: str, last: int | str | None, faul
     clock = Clock(folder, last, fault)
     sys.addaudithook(clock.audit)
     register_optimizer_step_post_hook(clock.tick)
-    options = [part for field in recipe[1:] for part in ("--set", field)]
-    arguments = [verb, recipe[0], *options, "--run", folder, "--resume"]
+    options = [part for field in recipe[1:] for part in ([field] if field.startswith("--") else ["--set", field])]
+    arguments = [verb, *recipe[:1], *options, "--run", folder, "--resume"]
+    if verb == "select":
+        arguments = [verb, folder, *recipe]
     if verb == "join":
         while not (Path(folder) / "zoo" / "index.sqlite").exists():
             time.sleep(0.01)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mutate
+import resumed
 import torch
-import yaml
-from seal import seal
+from changes import BYTES, HEADER, JSON, LATER, Kind, inside, json_lines, sealed, several, tree_of_yaml, written
 from torch import Tensor, nn
 
 import gmn
 from gmn import cli, cost_cli
 from gmn.checkpoint import save_json, save_metanetwork
-from gmn.errors import GmnError
 from gmn.graph_file import save_graph
 from gmn.jsonl import append_line
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
@@ -30,55 +25,10 @@ from gmn.subject import Choices, find
 from gmn.zoo import Task, Zoo
 from gmn.zoo_format import Stored, encode, read
 
-Change = Callable[[Path, random.Random], None]
+__all__ = ["KINDS", "LATER", "broken"]
+
 NETWORK: dict[str, Any] = {"num_classes": 4, "in_channels": 1, "options": {"width": 2, "shortcut": "B"}}
 NAME = "cifar.resnet8"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Files of one kind.
-
-    Attributes:
-        make: Writes whole files into an empty folder.
-        changes: What is done to one of them, by the end of its name; each is as likely as the others.
-        use: Reads the folder; ends in a GmnError or in something valid.
-    """
-
-    make: Callable[[Path], None]
-    changes: tuple[tuple[str, Change], ...]
-    use: Callable[[Path], object]
-
-
-def _written(change: Callable[[bytes, random.Random], bytes]) -> Change:
-    """A change of a file's content."""
-
-    def apply(path: Path, rng: random.Random) -> None:
-        path.write_bytes(change(path.read_bytes(), rng))
-
-    return apply
-
-
-def _sealed(change: Change) -> Change:
-    """The same change, with the checksum that then belongs to it wherever there still is one."""
-
-    def apply(path: Path, rng: random.Random) -> None:
-        change(path, rng)
-        with contextlib.suppress(Exception):
-            seal(path)
-
-    return apply
-
-
-def _inside(field: str) -> Change:
-    return _written(lambda content, rng: mutate.safetensors_of(content, rng, field))
-
-
-def _tree_of_yaml(content: bytes, rng: random.Random) -> bytes:
-    return json.dumps(mutate.tree_of(yaml.safe_load(content), rng), indent=1).encode("utf-8", "replace")  # YAML too
-
-
-BYTES, JSON, HEADER = _written(mutate.bytes_of), _written(mutate.json_of), _written(mutate.safetensors_of)
 
 
 def _network() -> nn.Module:
@@ -98,23 +48,11 @@ def _make_recipes(folder: Path) -> None:
 def _use_recipes(folder: Path) -> None:
     for path in folder.iterdir():
         again = folder / "again.yaml"
-        with _several():
+        with several():
             recipe = load_recipe(path)
             again.write_text(dump_recipe(recipe))
             assert load_recipe(again) == recipe
         again.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _several() -> Iterator[None]:
-    """The other files are read too; the error is kept for the end."""
-    try:
-        yield
-    except GmnError as error:
-        LATER.append(error)
-
-
-LATER: list[GmnError] = []
 
 
 # -- graphs, metanetworks, weights, saved networks ---------------------------------------------------------------------
@@ -151,7 +89,7 @@ def _make_weights(folder: Path) -> None:
 
 def _use_weights(folder: Path) -> None:
     for path in folder.iterdir():
-        with _several():
+        with several():
             gmn.load_weights(_network(), path)
 
 
@@ -200,7 +138,7 @@ def _use_index(folder: Path) -> None:
     zoo = Zoo.open(folder / "zoo")
     names = [task.name for task in zoo.tasks()]
     for use in (zoo.verify, zoo.counts, lambda: zoo.masks(names), lambda: list(zoo.load_all()), lambda: zoo.claim("a")):
-        with _several():
+        with several():
             use()
     zoo.add(_task(7), *_found(7))
 
@@ -242,47 +180,45 @@ def _use_run(folder: Path) -> None:
         lambda: cost_cli.cost(folder, networks="1,5", output=None),
         lambda: find(str(best(folder)), Choices()),
     ):
-        with _several():
+        with several():
             use()
-
-
-def _json_lines(content: bytes, rng: random.Random) -> bytes:
-    lines = [json.dumps(mutate.tree_of(json.loads(line), rng)) for line in content.splitlines()]
-    return "\n".join(lines).encode("utf-8", "replace")
 
 
 KINDS = {
     "recipes": Kind(
         _make_recipes,
-        (("-own.yaml", BYTES), ("-own.yaml", _written(mutate.yaml_of)), ("-own.yaml", _written(_tree_of_yaml))),
+        (("-own.yaml", BYTES), ("-own.yaml", written(mutate.yaml_of)), ("-own.yaml", written(tree_of_yaml))),
         _use_recipes,
     ),
     "graphs": Kind(
         _make_graph,
-        ((".safetensors", BYTES), ("", HEADER), ("", _inside("header")), ("", _inside("header"))),
+        ((".safetensors", BYTES), ("", HEADER), ("", inside("header")), ("", inside("header"))),
         _use_graph,
     ),
     "metanetworks": Kind(
         _make_metanetwork,
-        (("", BYTES), ("", HEADER), ("", _sealed(HEADER)), ("", _inside("gmn")), ("", _sealed(_inside("gmn")))),
+        (("", BYTES), ("", HEADER), ("", sealed(HEADER)), ("", inside("gmn")), ("", sealed(inside("gmn")))),
         _use_metanetwork,
     ),
     "weights": Kind(
-        _make_weights, ((".pt", BYTES), ("new.pt", _written(mutate.zip_of)), ("old.pt", BYTES)), _use_weights
+        _make_weights, ((".pt", BYTES), ("new.pt", written(mutate.zip_of)), ("old.pt", BYTES)), _use_weights
     ),
     "networks": Kind(
         _make_model,
-        (("model.json", BYTES), ("model.json", JSON), ("model.json", JSON), (".safetensors", _sealed(HEADER))),
+        (("model.json", BYTES), ("model.json", JSON), ("model.json", JSON), (".safetensors", sealed(HEADER))),
         _use_model,
     ),
-    "zoo files": Kind(_make_task, (("", BYTES), ("", HEADER), ("", _inside("gmn"))), _use_task),
+    "zoo files": Kind(_make_task, (("", BYTES), ("", HEADER), ("", inside("gmn"))), _use_task),
     "indexes": Kind(_make_index, (("index.sqlite", BYTES), ("index.sqlite", mutate.index_of)), _use_index),
     "runs": Kind(
         _make_run,
-        (("report.json", JSON), ("report.json", BYTES), ("metrics.jsonl", _written(_json_lines)), ("model.json", JSON)),
+        (("report.json", JSON), ("report.json", BYTES), ("metrics.jsonl", written(json_lines)), ("model.json", JSON)),
         _use_run,
     ),
 }
+
+
+KINDS |= resumed.KINDS
 
 
 def broken(folder: Path, kind: Kind, rng: random.Random) -> None:
