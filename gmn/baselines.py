@@ -24,9 +24,8 @@ from torch import nn
 
 from gmn.budget import merged
 from gmn.builder import Layout
-from gmn.checkpoint import is_saved, load_json, load_model, save_model
+from gmn.checkpoint import is_saved, load_checked, load_model, save_model
 from gmn.costs import Cost
-from gmn.jsonl import checked
 from gmn.library_pruner import prune_with
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
@@ -124,8 +123,7 @@ class Trial:
             model = make().eval()
             save_model(self.first, model, self.job.source, stages=self.stages, input_shape=self.job.data.input_shape)
             self.job.run.forget()
-        path = self.first / "model.json"
-        self.stages.update(checked(load_json(path), {"stages": dict}, path)["stages"])
+        self.stages.update(load_checked(self.first / "model.json", {"stages": dict})["stages"])
         return load_model(self.first).to(self.job.device)
 
     def prune_and_end(self, model: nn.Module, settings: Fit | None = None, *, chance: int | None = None) -> nn.Module:

@@ -22,6 +22,7 @@ from gmn.builder import Layout
 from gmn.distributed import leader_writes
 from gmn.errors import MALFORMED, CheckpointError, GmnError, naming, one_line
 from gmn.heads import head_counts, restore_heads
+from gmn.jsonl import checked, refuse_large
 from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network, without_fetching
 from gmn.permission import refuse_code
@@ -37,7 +38,6 @@ WEIGHTS = "weights.safetensors"
 # of model.json, beside what was measured
 ABOUT_MODELS = ("network", "format", "heads", "input_shape", "weights_sha256")
 FORMAT = 1  # raised when a reader of older files would misread newer ones
-LARGEST_JSON = 100_000_000  # bytes
 
 
 @leader_writes
@@ -106,14 +106,17 @@ def save_bytes(path: Path, content: bytes) -> None:
 def load_json(path: Path) -> Any:
     """Read JSON; CheckpointError if the file is missing, too large or torn."""
     try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            expected, got = f"{LARGEST_JSON:,} bytes at most", f"{size:,}"
-            raise CheckpointError("the file is too large", expected=expected, got=got, where=str(path))
+        refuse_large(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError("no such file", got=str(path)) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError("not a JSON file", got=str(error), where=str(path)) from error
+
+
+def load_checked(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """A mapping in JSON that has all these fields, each of its type; CheckpointError as `load_json`, or by field."""
+    return checked(load_json(path), fields, path)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: Any) -> str:

@@ -13,12 +13,11 @@ from torch import nn
 from gmn.away import share, weights_of, with_weights_in
 from gmn.baselines import ROWS, Trial
 from gmn.builder import Layout
-from gmn.checkpoint import ABOUT_MODELS, is_saved, load_json, load_metanetwork, save_model
+from gmn.checkpoint import ABOUT_MODELS, is_saved, load_checked, load_metanetwork, save_model
 from gmn.costs import Cost
 from gmn.data import Data
 from gmn.engine import Engine
 from gmn.job import choose_device
-from gmn.jsonl import checked
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
 from gmn.recipe import dump_recipe
@@ -70,7 +69,7 @@ def result_of(job: MetaJob, trial: Trial) -> dict[str, Any]:
         job.run.log("result", **facts)
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
         job.run.forget()
-    content = checked(load_json(folder / "model.json"), RESULT, folder / "model.json")
+    content = load_checked(folder / "model.json", RESULT)
     return {key: value for key, value in content.items() if key not in ABOUT_MODELS}
 
 

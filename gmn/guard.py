@@ -58,12 +58,11 @@ class Pieces:
         count = max(1, min(self.count, len(batch[1]) // self.least))
         return zip(*(part.tensor_split(count) for part in batch), strict=True)
 
-    def read(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def read(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         """What a network in eval mode answers to a batch, without gradients: the same however it is cut."""
         while True:
             try:
-                count = max(1, min(self.count, len(images) // self.least))
-                return torch.cat([model(part) for part in images.tensor_split(count)])
+                return torch.cat([model(images) for images, _ in self.cut(batch)])
             except torch.OutOfMemoryError:
                 if not self.double():
                     raise

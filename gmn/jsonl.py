@@ -45,9 +45,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    if (size := path.stat().st_size) > LARGEST:
-        expected = f"{LARGEST:,} bytes at most"
-        raise CheckpointError("the file is too large", expected=expected, got=f"{size:,}", where=str(path))
+    refuse_large(path)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
@@ -55,6 +53,13 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue  # the line a killed process was writing
         if isinstance(entry, dict):
             yield entry
+
+
+def refuse_large(path: Path) -> None:
+    """CheckpointError if a file of JSON has more than 100 MB; OSError if there is none."""
+    if (size := path.stat().st_size) > LARGEST:
+        expected, got = f"{LARGEST:,} bytes at most", f"{size:,}"
+        raise CheckpointError("the file is too large", expected=expected, got=got, where=str(path))
 
 
 def checked(content: Any, fields: Mapping[str, type], where: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gmn.api import zoo_path
 from gmn.backbone import Backbone
 from gmn.builder import Layout
-from gmn.checkpoint import load_json, save_json
+from gmn.checkpoint import load_checked, save_json
 from gmn.convert import layouts, to_graph
 from gmn.costs import Cost, cost
 from gmn.data import Data
@@ -23,7 +23,6 @@ from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import Couplings, KeepMask
 from gmn.initial import brief, candidates, largest
 from gmn.job import Job
-from gmn.jsonl import checked
 from gmn.library_pruner import Pruner, library_pruner
 from gmn.progress import say
 from gmn.ranking import Pruned, masks_of
@@ -97,7 +96,7 @@ class PruneJob(Job):
         stated = self.recipe.data_models.initial_speed_up
         if stated != "auto":
             return stated
-        found = checked(load_json(self._found), {"speed_up": float}, self._found)["speed_up"]
+        found = load_checked(self._found, {"speed_up": float})["speed_up"]
         return max(1.0, float(found))
 
     @property

@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from rich.errors import MarkupError
 
-from gmn.checkpoint import load_json, make_folder, save_bytes, save_json, save_text
+from gmn.checkpoint import load_checked, load_json, make_folder, save_bytes, save_json, save_text
 from gmn.distributed import leader_writes, team
 from gmn.errors import MALFORMED, CheckpointError, GmnError, one_line
 from gmn.jsonl import append_line, checked, read_lines
+from gmn.launch import processes
 from gmn.lock import alone
 from gmn.names import printable
 from gmn.permission import allow_code
@@ -139,7 +140,7 @@ class Run:
 
     def _compare_threads(self) -> None:
         path, now = self.folder / "environment.json", torch.get_num_threads()
-        before = checked(load_json(path), {}, path).get("threads")
+        before = load_checked(path, {}).get("threads")
         if type(before) is int and before != now:
             say(f"warning: the run was begun with {before} threads and goes on with {now}: its last digits may differ")
 
@@ -261,6 +262,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": versions,
     }

@@ -52,7 +52,7 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
         for images, labels in split.sample(limit).batches(batch_size, parts=team().parts([batch_size])):
             if not len(labels):
                 continue  # all images of the last batch are other processes'
-            logits = pieces.read(model, images)
+            logits = pieces.read(model, (images, labels))
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             count += len(labels)

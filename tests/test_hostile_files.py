@@ -23,9 +23,9 @@ from seal import with_meta
 from torch import nn
 
 import gmn
-from gmn.checkpoint import LARGEST_JSON, load_json, load_metanetwork, save_json, save_metanetwork
+from gmn.checkpoint import load_json, load_metanetwork, save_json, save_metanetwork
 from gmn.errors import CheckpointError, NetworkError, RecipeError
-from gmn.jsonl import read_lines
+from gmn.jsonl import LARGEST, read_lines
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.network_source import parse_source, rebuild
 from gmn.recipe import MOST_BYTES, load_recipe
@@ -260,7 +260,7 @@ def test_json_of_any_depth_and_size(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a JSON file"):
         load_json(path)
     assert list(read_lines(path)) == []
-    os.truncate(path, LARGEST_JSON + 1)  # a hole: it takes no room
+    os.truncate(path, LARGEST + 1)  # a hole: it takes no room
     with pytest.raises(CheckpointError, match="too large"):
         load_json(path)
 

@@ -108,17 +108,15 @@ def test_a_vote_starts_from_its_neighbours(zoo: Zoo, backbone: Backbone, digits:
     again, same = vote_for(backbone, zoo, names, data, QUICK, ratio=0.5, seed=0)
     assert torch.equal(mask.keep, same.keep)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-    voted, random = evaluate(model, data.val).accuracy, []
-    for seed in (1, 2, 3):  # 46 images and the last digits of a machine: one would decide too little
-        torch.manual_seed(seed)
-        fresh = build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"shortcut": "B"})
-        nowhere = with_head(remove(fresh, backbone.spec, mask, backbone.example), backbone.example, 3, seed=0)
-        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in nowhere.parameters())
-        fit(nowhere, data.train, QUICK, seed=0)
-        random.append(evaluate(nowhere, data.val).accuracy)
-    print(voted, random)
-    assert voted > 0.85
-    assert voted > sum(random) / 3 + 0.1
+    assert evaluate(model, data.val).accuracy > 0.85
+    few = QUICK.model_copy(update={"images_per_epoch": 7 * 32})  # in ten steps some random starts come close
+    voted, _ = vote_for(backbone, zoo, names, data, few, ratio=0.5, seed=0)
+    torch.manual_seed(1)
+    fresh = build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"shortcut": "B"})
+    nowhere = with_head(remove(fresh, backbone.spec, mask, backbone.example), backbone.example, 3, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in nowhere.parameters())
+    fit(nowhere, data.train, few, seed=0)
+    assert evaluate(voted, data.val).accuracy > evaluate(nowhere, data.val).accuracy + 0.2
 
 
 def test_too_few_neighbours(zoo: Zoo, backbone: Backbone, digits: Data) -> None:

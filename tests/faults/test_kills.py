@@ -22,16 +22,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import crew
 import pytest
 from conftest import TINY, VOTE_TINY
 from evidence import evidence
 
+from gmn.checkpoint import load_json
 from gmn.run import load_report
 
 META = ["quickstart", *TINY, "data.limit=120", "prune.steps=40", "report.baselines=[direct]", "data_models.val=0"]
 META += ["checkpoint_every=1e-9"]
 VOTE = ["graph-mask-voting", *VOTE_TINY, "zoo.tasks=4", "vote.neighbours=2", "report.baselines=[nearest]"]
 VOTE += ["zoo.targets=1", "report.seeds=1", "checkpoint_every=1e-9", "pretrain.fit.epochs=2"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 Order = Callable[..., list[list[int]]]
 Whole = tuple[Path, dict[str, Any], int]
@@ -41,9 +44,8 @@ Whole = tuple[Path, dict[str, Any], int]
 def order() -> Iterator[Order]:
     """Run `[verb, recipe, folder, tick, fault]` jobs at the same time; by default nothing happens to them."""
     server = Path(__file__).with_name("victims.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ONE_THREAD
     )
     assert process.stdin
     assert process.stdout
@@ -60,9 +62,9 @@ def order() -> Iterator[Order]:
     process.wait(30)
 
 
-def whole(order: Order, folder: Path, recipe: list[str]) -> Whole:
+def whole(order: Order, folder: Path, recipe: list[str], verb: str = "meta-train") -> Whole:
     """A run that nobody kills: where it is, what it leaves, and how many ticks it has."""
-    [[status, ticks]] = order(["meta-train", recipe, str(folder)])
+    [[status, ticks]] = order([verb, recipe, str(folder)])
     assert status == 0
     print(f"{ticks} ticks")
     return folder, evidence(folder), ticks
@@ -78,13 +80,21 @@ def vote(order: Order, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return whole(order, tmp_path_factory.mktemp("whole") / "vote", VOTE)
 
 
+def gmn_command(folder: Path, *fields: str) -> list[str]:
+    """The same run with these fields too, for a Python of its own."""
+    sets = [part for field in (*META[1:], *fields) for part in ("--set", field)]
+    return ["-m", "gmn", "meta-train", META[0], *sets, "--run", str(folder)]
+
+
 def moments(ticks: int, count: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(1, ticks + 1), count))
 
 
-def killed_and_resumed(order: Order, folder: Path, recipe: list[str], tick: int) -> dict[str, Any]:
-    assert order(["meta-train", recipe, str(folder), tick]) == [[-signal.SIGKILL, 0]]
-    [[status, _]] = order(["meta-train", recipe, str(folder)])
+def killed_and_resumed(
+    order: Order, folder: Path, recipe: list[str], tick: int, verb: str = "meta-train"
+) -> dict[str, Any]:
+    assert order([verb, recipe, str(folder), tick]) == [[-signal.SIGKILL, 0]]
+    [[status, _]] = order([verb, recipe, str(folder)])
     assert status == 0
     return evidence(folder)
 
@@ -151,7 +161,7 @@ def test_full_disks(order: Order, meta: Whole, tmp_path: Path, number: int) -> N
 def test_two_whole_quickstarts_are_alike(tmp_path: Path) -> None:
     for name in ("one", "other"):
         command = [sys.executable, "-m", "gmn", "meta-train", "quickstart", "--run", name, "--seed", "3"]
-        subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(command, check=True, cwd=tmp_path, env=ONE_THREAD)
     assert evidence(tmp_path / "one") == evidence(tmp_path / "other")
 
 
@@ -171,27 +181,30 @@ SELECT = ["--min-accuracy=0.01", "--finetune-images=100", "--use"]
 SOME = [pytest.param(number, marks=[pytest.mark.soak] if number else []) for number in range(5)]
 
 
+@pytest.fixture(scope="session")
+def search(order: Order, meta: Whole, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = Path(shutil.copytree(meta[0], tmp_path_factory.mktemp("whole") / "search"))
+    return whole(order, folder, SELECT, "select")
+
+
 @pytest.mark.parametrize("number", SOME)
-def test_a_killed_search_for_a_checkpoint(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
+def test_a_killed_search_for_a_checkpoint(
+    order: Order, meta: Whole, search: Whole, tmp_path: Path, number: int
+) -> None:
     """It has no `--resume`: what is found is kept, and asked for again it ends like one that nobody killed."""
-    one, other = (Path(shutil.copytree(meta[0], tmp_path / name)) for name in ("one", "other"))
-    [[status, ticks]] = order(["select", SELECT, str(one)])
-    assert status == 0
-    [tick] = moments(ticks, 5, seed=5)[number : number + 1]
-    assert order(["select", SELECT, str(other), tick]) == [[-signal.SIGKILL, 0]]
-    assert order(["select", SELECT, str(other)])[0][0] == 0
-    assert evidence(other) == evidence(one)
+    folder, tick = Path(shutil.copytree(meta[0], tmp_path / "run")), moments(search[2], 5, seed=5)[number]
+    assert killed_and_resumed(order, folder, SELECT, tick, "select") == search[1]
+
+
+@pytest.fixture(scope="session")
+def pruning(order: Order, meta: Whole, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return whole(order, tmp_path_factory.mktemp("whole") / "pruning", [*META, f"--meta={meta[0]}"], "prune")
 
 
 @pytest.mark.parametrize("number", SOME)
-def test_a_killed_pruning(order: Order, meta: Whole, tmp_path: Path, number: int) -> None:
-    recipe = [*META, f"--meta={meta[0]}"]
-    [[status, ticks]] = order(["prune", recipe, str(tmp_path / "one")])
-    assert status == 0
-    [tick] = moments(ticks, 5, seed=6)[number : number + 1]
-    assert order(["prune", recipe, str(tmp_path / "other"), tick]) == [[-signal.SIGKILL, 0]]
-    assert order(["prune", recipe, str(tmp_path / "other")])[0][0] == 0
-    assert evidence(tmp_path / "other") == evidence(tmp_path / "one")
+def test_a_killed_pruning(order: Order, meta: Whole, pruning: Whole, tmp_path: Path, number: int) -> None:
+    recipe, tick = [*META, f"--meta={meta[0]}"], moments(pruning[2], 5, seed=6)[number]
+    assert killed_and_resumed(order, tmp_path / "run", recipe, tick, "prune") == pruning[1]
 
 
 MATRIX = ["matrix", *(f"common.{field}" for field in META[1:] if not field.startswith("network"))]
@@ -201,24 +214,17 @@ MATRIX += ["entries.resnet8.network.options={width: 4, shortcut: B}", "columns=[
 @pytest.mark.soak
 def test_a_killed_matrix(order: Order, tmp_path: Path) -> None:
     """Its entries and cells are runs of their own; it is killed in each of them."""
-    [[status, ticks]] = order(["meta-train", MATRIX, str(tmp_path / "one")])
-    assert status == 0
-    found = {}
-    for number, tick in enumerate(moments(ticks, 5, seed=7)):
-        folder = str(tmp_path / str(number))
-        assert order(["meta-train", MATRIX, folder, tick]) == [[-signal.SIGKILL, 0]]
-        assert order(["meta-train", MATRIX, folder])[0][0] == 0
-        found[tick] = evidence(Path(folder))
-    assert set(found) == {tick for tick, own in found.items() if own == evidence(tmp_path / "one")}
+    _, expected, ticks = whole(order, tmp_path / "whole", MATRIX)
+    for tick in moments(ticks, 5, seed=7):
+        assert killed_and_resumed(order, tmp_path / str(tick), MATRIX, tick) == expected, tick
 
 
 @pytest.mark.soak
 def test_a_killed_caller_of_a_cluster(order: Order, meta: Whole, tmp_path: Path) -> None:
     """Workers were making its rows; it goes on with a new cluster."""
-    folder, sets = tmp_path / "run", [part for field in META[1:] for part in ("--set", field)]
-    command = [sys.executable, "-m", "gmn", "meta-train", META[0], *sets, "--run", str(folder), "--engine", "ray"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment)
+    folder = tmp_path / "run"
+    command = [sys.executable, *gmn_command(folder), "--engine", "ray"]
+    process = subprocess.Popen(command, env=ONE_THREAD)
     while not (folder / "models" / "start" / "model.json").is_file():
         assert process.poll() is None
         time.sleep(0.05)
@@ -226,7 +232,7 @@ def test_a_killed_caller_of_a_cluster(order: Order, meta: Whole, tmp_path: Path)
     process.kill()
     process.wait()
     assert not (folder / "report.json").exists()
-    subprocess.run([*command, "--resume"], check=True, env=environment)
+    subprocess.run([*command, "--resume"], check=True, env=ONE_THREAD)
     found = evidence(folder)
     shown = {name for name in found["files"] if name.startswith(("plots", "report."))}  # which the harness leaves out
     assert found | {"files": found["files"] - shown} == meta[1] | {"files": meta[1]["files"] - shown}
@@ -234,20 +240,19 @@ def test_a_killed_caller_of_a_cluster(order: Order, meta: Whole, tmp_path: Path)
 
 @pytest.mark.soak
 def test_another_number_of_processes(tmp_path: Path) -> None:
-    """A run that `accelerate launch` began with two processes and that was killed is finished by one."""
-    folder, sets = tmp_path / "run", [part for field in META[1:] for part in ("--set", field)]
-    gmn = ["-m", "gmn", "meta-train", META[0], *sets, "--set", "meta_train.epochs=6", "--run", str(folder)]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    process = subprocess.Popen([sys.executable, *launch, *options, *gmn], env=environment, start_new_session=True)
+    """A run that two processes began and that was killed is finished by one."""
+    folder = tmp_path / "run"
+    gmn = gmn_command(folder, "meta_train.epochs=6")
+    together = crew.start([gmn] * 2, stdout=None, stderr=None)
     while not (folder / "checkpoints" / "epoch-002.safetensors").is_file():
-        assert process.poll() is None
+        assert [process.poll() for process in together] == [None, None]
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for process in together:
+        process.kill()
+        process.wait()
+    assert load_json(folder / "environment.json")["processes"] == 2
     assert not (folder / "report.json").exists()
-    subprocess.run([sys.executable, *gmn, "--resume"], check=True, env=environment)
+    subprocess.run([sys.executable, *gmn, "--resume"], check=True, env=ONE_THREAD)
     assert len(list((folder / "checkpoints").iterdir())) == 6
     assert len(load_report(folder)["meta_train"]) == 6
 

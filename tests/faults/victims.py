@@ -93,7 +93,7 @@ def forked(job: Job) -> tuple[int, int]:
         try:
             code, ticks = work(*job)
             os.write(writing, str(ticks).encode())
-        except BaseException:
+        except BaseException:  # whatever it is: a child never returns into the loop of its parent
             traceback.print_exc()
         os._exit(code)
     os.close(writing)

@@ -81,7 +81,7 @@ LATER: list[GmnError] = []
 def one_json_line(content: bytes, rng: random.Random) -> bytes:
     lines = content.splitlines(keepends=True)
     number = rng.randrange(len(lines))
-    lines[number] = json.dumps(mutate.tree_of(json.loads(lines[number]), rng)).encode("utf-8", "replace") + b"\n"
+    lines[number] = json_lines(lines[number], rng) + b"\n"
     return b"".join(lines)
 
 
