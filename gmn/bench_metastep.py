@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"channels_last": True, "bf16": True},
     "published": {},
 }
-PHASES = ("images", "metanetwork forward", "accuracy", "sparsity", "metanetwork backward")
+PHASES = ("images", "metanetwork forward", "accuracy", "sparsity", "metanetwork backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
             _published_step(metanetwork, subject, batches, watch)
         else:
             meta_step(metanetwork, subject, batches, pruner_reg=1.0, **WAYS[way], phase=watch)
-        optimizer.step()
+        with watch("optimizer"):
+            optimizer.step()
         return dict(watch.seconds)
 
     return {}, turn

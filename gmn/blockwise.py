@@ -12,13 +12,14 @@ Gradients, with G the gradient of what the layer makes of e, and g of the moment
     ds = G e         dc_i = sum_j ds d_j,  dd_i = sum_j ds c_j,  dd_j = sum_i ds c_i,  dc_j = sum_i ds d_i
     de = G (1 + c_i d_j + d_i c_j) + dm B_j + dm' B'_i
     dm = g_total_i + 2 m g_squares_i + [m is the maximum] g_high_i / ties + [m is the minimum] g_low_i / ties
+
+Messages that tie for an extreme share its gradient evenly, as in PyTorch Geometric without torch-scatter.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,27 +28,16 @@ SMALL = 256  # entries of a matrix below which a broadcast product beats a batch
 
 
 class Moments(NamedTuple):
-    """Of the messages that nodes get, before the receiver's factor; ties count the messages that are the extremes."""
+    """Of the messages that nodes get, before the receiver's factor."""
 
     total: Tensor
     squares: Tensor
     high: Tensor
     low: Tensor
-    high_ties: Tensor
-    low_ties: Tensor
-
-
-class Extremes(NamedTuple):
-    """The part of the moments that the backward pass asks for."""
-
-    high: Tensor
-    low: Tensor
-    high_ties: Tensor
-    low_ties: Tensor
 
 
 class Upstream(NamedTuple):
-    """Gradients of moments, those of the extremes divided by their ties; and the extremes."""
+    """Gradients of moments, and the extremes."""
 
     total: Tensor
     squares: Tensor
@@ -99,32 +89,24 @@ def advance(e: Tensor, ends: Ends) -> None:
     e.addcmul_(e, product(ends.dst, ends.src))
 
 
-def moments(e: Tensor, sent: Tensor, axis: int, *, ties: bool) -> Moments:
-    """Moments of sent * e over an axis, 2: over sources, 1: over targets; ties are counted if they will be needed."""
+def moments(e: Tensor, sent: Tensor, axis: int) -> Moments:
+    """Moments of sent * e over an axis, 2: over sources, 1: over targets."""
     m = e * sent.unsqueeze(3 - axis)
-    scratch = torch.mul(m, m)
-    total, squares, high, low = m.sum(axis), scratch.sum(axis), m.amax(axis), m.amin(axis)
-    if not ties:
-        return Moments(total, squares, high, low, high, low)
-    at_high = _equal(m, high.unsqueeze(axis), scratch).sum(axis)
-    at_low = _equal(m, low.unsqueeze(axis), scratch).sum(axis)
-    return Moments(total, squares, high, low, at_high, at_low)
+    total, high, low = m.sum(axis), m.amax(axis), m.amin(axis)
+    return Moments(total, m.mul_(m).sum(axis), high, low)
 
 
-def both(e: Tensor, ends: Ends, *, ties: bool) -> tuple[Moments, Moments]:
+def both(e: Tensor, ends: Ends) -> tuple[Moments, Moments]:
     """Moments along the edges, at their targets, and against them, at their sources."""
-    return moments(e, ends.sent, 2, ties=ties), moments(e, ends.against, 1, ties=ties)
+    return moments(e, ends.sent, 2), moments(e, ends.against, 1)
 
 
-def joined(old: Moments, new: Moments) -> Moments:
-    """Moments of a node over the messages of both; `old` may be of no messages, with high -inf and low inf."""
-    high, low = torch.maximum(old.high, new.high), torch.minimum(old.low, new.low)
-    high_ties = old.high_ties * (old.high == high) + new.high_ties * (new.high == high)
-    low_ties = old.low_ties * (old.low == low) + new.low_ties * (new.low == low)
-    return Moments(old.total + new.total, old.squares + new.squares, high, low, high_ties, low_ties)
+def ties(e: Tensor, sent: Tensor, extreme: Tensor, axis: int) -> Tensor:
+    """How many of a node's messages are the extreme."""
+    return ((e * sent.unsqueeze(3 - axis)) == extreme.unsqueeze(axis)).sum(axis).to(e.dtype)
 
 
-def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upstream) -> Ends:
+def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upstream, *, shared: bool) -> Ends:
     """Gradients of the vectors of a chunk's nodes; `grad` [b, O, I], of the layer's e, becomes that of e before it.
 
     In what is returned, `dst` is [b, 2, O] for c_i, d_i, and `src` [b, 2, I] for d_j, c_j.
@@ -132,40 +114,37 @@ def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upst
     Args:
         e: The states before the layer.
         along, against: What comes back to the moments at the targets and at the sources.
+        shared: Gradients of extremes are divided by their ties already; else all ties of a node lie in this chunk.
     """
     ds = grad * e
     dst = over_sources(ds, ends.src)
     src = over_targets(ds, ends.dst.transpose(1, 2))
     advance(grad, ends)
-    sent = _received(e, grad, ends.sent[:, None, :], along, 2, ds)
-    back = _received(e, grad, ends.against[:, :, None], against, 1, ds)
+    sent = _received(e, grad, ends.sent[:, None, :], along, 2, ds, shared)
+    back = _received(e, grad, ends.against[:, :, None], against, 1, ds, shared)
     return Ends(sent, back, dst, src)
 
 
-def _received(e: Tensor, grad: Tensor, factor: Tensor, upstream: Upstream, axis: int, scratch: Tensor) -> Tensor:
+def _received(
+    e: Tensor, grad: Tensor, factor: Tensor, upstream: Upstream, axis: int, scratch: Tensor, shared: bool
+) -> Tensor:
     """The part of the messages m = factor * e: added to `grad`; returns that of the sender's factor."""
     total, squares, high, low, highest, lowest = (value.unsqueeze(axis) for value in upstream)
     m = e * factor
-    dm = (m * (2 * squares)).add_(total)
-    dm.addcmul_(_equal(m, highest, scratch), high)
-    dm.addcmul_(_equal(m, lowest, scratch), low)
+    dm = torch.addcmul(total, m, squares, value=2)
+    for extreme, share in ((highest, high), (lowest, low)):
+        at = _equal(m, extreme, scratch)
+        dm.addcmul_(at, share if shared else share / at.sum(axis, keepdim=True).clamp(min=1))
     grad.addcmul_(dm, factor)
     return dm.mul_(e).sum(3 - axis)
 
 
 class Kernels(NamedTuple):
-    """What is done to a chunk, as it stands here or as `torch.compile` fuses it."""
+    """What is done to a chunk: as it stands here, or as `gmn.kernels` makes it faster."""
 
-    both: Callable[..., tuple[Moments, Moments]]
+    both: Callable[[Tensor, Ends], tuple[Moments, Moments]]
     advance: Callable[[Tensor, Ends], None]
-    backward: Callable[[Tensor, Tensor, Ends, Upstream, Upstream], Ends]
+    backward: Callable[..., Ends]
 
 
 PLAIN = Kernels(both, advance, backward)
-
-
-@functools.cache
-def compiled() -> Kernels:
-    """The kernels fused, for chunks of any shape; the first call takes a minute and, on a CPU, a C++ compiler."""
-    fused: list[Any] = [torch.compile(kernel, dynamic=True) for kernel in PLAIN]
-    return Kernels(*fused)

@@ -107,7 +107,7 @@ def bench_metastep(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a mini-batch.")] = 250,
     ways: Annotated[str | None, typer.Option("--ways", help="Of gmn, channels_last, bf16, published.")] = None,
     threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each, after one to warm up.")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each, after one to warm up.")] = 7,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
 ) -> None:
     """Time one step of meta-training by its parts, and its peak memory, the ways taking turns."""

@@ -42,9 +42,10 @@ class Chunk:
 def chunks(blocks: Sequence[EdgeBlock], hidden: int, elements: float) -> Iterator[tuple[Part, tuple[int, int, int]]]:
     """Cut blocks into parts [g, o, I] of at most so many numbers, or of one row."""
     for index, block in enumerate(blocks):
-        pieces, out, into, _ = block.shape
-        step_p = max(1, int(elements // (hidden * out * into)))
-        step_o = out if step_p > 1 else max(1, int(elements // (hidden * into)))
+        pieces, out, into, features = block.shape
+        width = max(hidden, features)  # a patch embedding has more features than the states have channels
+        step_p = max(1, int(elements // (width * out * into)))
+        step_o = out if step_p > 1 else max(1, int(elements // (width * into)))
         for p in range(0, pieces, step_p):
             g = min(step_p, pieces - p)
             for o in range(0, out, step_o):
@@ -66,7 +67,8 @@ def grouped(
     for part, shape in chunks(blocks, hidden, elements):
         dst, src = _nodes(blocks[part.block], part, shape)
         groups = waiting.setdefault((shape, alike[part.block]), [])
-        most = max(1, int(elements // (hidden * math.prod(shape))))
+        width = max(hidden, blocks[part.block].shape[3])
+        most = max(1, int(elements // (width * math.prod(shape))))
         fits = (own for own in groups if len(own) < most and not any(_meet(dst, d) or _meet(src, s) for _, d, s in own))
         group = next(fits, None)
         if group is None:

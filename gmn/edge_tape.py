@@ -15,26 +15,39 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional as F
 
-from gmn.blockwise import PLAIN, Ends, Extremes, Kernels, Moments, Upstream, joined
+from gmn.blockwise import PLAIN, Ends, Kernels, Moments, Upstream, ties
 from gmn.edge_chunks import Chunk, added, columns_of, grouped, placed, taken
+from gmn.edge_columns import Gradients, columns, parameters_of
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
+from gmn.kernels import exact
 
-CHUNK_MB = {"cpu": 1.0}  # fits into a core's cache; elsewhere many edges at a time
+CHUNK_MB = {"cpu": 4.0}  # calls are few enough, and scratch is small; elsewhere many edges at a time
 LARGE_CHUNK_MB = 64.0
 KEEP_MB = 128.0
 
 
+USED_UP = "the graph of the metanetwork was used up by an earlier backward pass"
+
+
+class Extremes(NamedTuple):
+    """Of all messages that nodes get [H, N], and how many chunks have one that is."""
+
+    high: Tensor
+    low: Tensor
+    high_chunks: Tensor
+    low_chunks: Tensor
+
+
 @dataclass(frozen=True)
 class Layer:
-    """What the backward pass needs of a layer: node vectors [H, N], and the extremes with their ties."""
+    """What the backward pass needs of a layer: node vectors [H, N], and the extremes."""
 
     sent: Tensor
     against: Tensor
@@ -100,14 +113,14 @@ class EdgeTape:
         self.keeps = torch.is_grad_enabled()
         size = hidden * sum(math.prod(chunk.shape) for chunk in self.chunks) * self.stored.itemsize
         count = min(depth - 1, int(keep_mb * 2**20 // size)) if self.keeps else 0
-        self.kept: dict[int, list[Tensor]] = {(n + 1) * (depth + 1) // (count + 1): [] for n in range(count)}
+        self.kept: dict[int, list[Tensor]] = {(n + 1) * depth // (count + 1): [] for n in range(count)}
         self.graded = False
 
     # -- what the metanetwork calls ----------------------------------------------------------------------------------
 
     def encode(self) -> Tensor:
         """Fill the buffer; returns the first token."""
-        return _Encode.apply(self, *_parameters(self.encoders))  # type: ignore[no-any-return]
+        return _Encode.apply(self, *parameters_of(self.encoders))  # type: ignore[no-any-return]
 
     def layer(self, token: Tensor, sent: Tensor, against: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
         """The next token, and total, squares, high, low [H, N] of the messages along and against the edges.
@@ -119,7 +132,7 @@ class EdgeTape:
 
     def decode(self, token: Tensor, ratio: float) -> list[Tensor]:
         """[G, O, I, K] of each block that has a decoder: ratio times what it says of the final states."""
-        return list(_Decode.apply(self, ratio, token, *_parameters(self.decoders)))
+        return list(_Decode.apply(self, ratio, token, *parameters_of(self.decoders)))
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
@@ -152,6 +165,31 @@ class EdgeTape:
                 self.kernels.advance(e, self.ends(layer, chunk))
                 self.round(e)
         return e
+
+    def ties_cross_chunks(self, number: int) -> bool:
+        """Whether a node's extreme of that layer is found in several chunks, as equal weights may have it."""
+        layer = self.layers[number]
+        counts = [count for found in (layer.along, layer.back) for count in (found.high_chunks, found.low_chunks)]
+        return bool((torch.stack(counts) > 1).any())
+
+    def shared_by_ties(self, number: int, along: Upstream, against: Upstream) -> tuple[Upstream, Upstream]:
+        """Gradients of the extremes [H, N], divided by the number of messages that are; these are counted here."""
+        layer, of_all = self.layers[number], [torch.zeros_like(along.high) for _ in range(4)]
+        for index, chunk in enumerate(self.chunks):
+            e, ends = self.rebuilt(index, number), self.ends(layer, chunk)
+            for count, sent, extreme, nodes, axis in (
+                (of_all[0], ends.sent, along.highest, chunk.dst, 2),
+                (of_all[1], ends.sent, along.lowest, chunk.dst, 2),
+                (of_all[2], ends.against, against.highest, chunk.src, 1),
+                (of_all[3], ends.against, against.lowest, chunk.src, 1),
+            ):
+                own = ties(e, sent, self.own(extreme, nodes, chunk), axis)
+                added(count, nodes, own.reshape(self.hidden, -1))
+        high, low, back_high, back_low = (count.clamp(min=1) for count in of_all)
+        return (
+            along._replace(high=along.high / high, low=along.low / low),
+            against._replace(high=against.high / back_high, low=against.low / back_low),
+        )
 
     def round(self, e: Tensor) -> None:
         """What storing does to states, in place."""
@@ -187,9 +225,10 @@ class _Encode(Function):
         return tape.features[0].new_zeros(())
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *_: Tensor) -> Any:
         tape: EdgeTape = ctx.tape
-        total = _Gradients(tape.encoders, ctx.saved_tensors)
+        total = Gradients(tape.encoders, ctx.saved_tensors)
         for chunk, grad in zip(tape.chunks, tape.take_gradients(), strict=True):
             with torch.enable_grad():
                 encoded = columns(tape.encoders[chunk.block], columns_of(tape.features, chunk))
@@ -205,42 +244,46 @@ class _Layer(Function):
     ) -> tuple[Tensor, ...]:
         ctx.tape, ctx.number = tape, len(tape.layers)
         sent, against, left, right = (v.detach() for v in (sent, against, left, right))
-        none = sent.new_zeros(tape.hidden, tape.nodes)
-        high, low = torch.full_like(none, -torch.inf), torch.full_like(none, torch.inf)
-        found = [Moments(*(x.clone() for x in (none, none, high, low, none, none))) for _ in range(2)]
+        found = [Moments(*(torch.full_like(sent, value) for value in (0, 0, -torch.inf, torch.inf))) for _ in range(2)]
         pairs = torch.stack((left, right), 2), torch.stack((right, left), 1)
         # detached: what autograd hands out must not be held by what it was made by
-        kept = (Extremes(*(x.detach() for x in own[2:])) for own in found)
+        none = torch.zeros_like(sent)
+        kept = [Extremes(own.high.detach(), own.low.detach(), none.clone(), none.clone()) for own in found]
         layer = Layer(sent, against, *pairs, *kept)
         if ctx.number in tape.kept:
             tape.kept[ctx.number] = [e.clone() for e in tape.states]
         for chunk, state in zip(tape.chunks, tape.states, strict=True):
             ends = tape.ends(layer, chunk)
             with tape.opened(state) as e:
-                along, against_edges = tape.kernels.both(e, ends, ties=tape.keeps)
+                each = tape.kernels.both(e, ends)
                 tape.kernels.advance(e, ends)
-            _join(found[0], chunk.dst, along)
-            _join(found[1], chunk.src, against_edges)
+            for total, own, nodes, at in zip(found, each, (chunk.dst, chunk.src), kept, strict=True):
+                _join(total, own, nodes, at if tape.keeps else None)
         for own in found:  # nodes without a message
             own.high.masked_fill_(own.high == -torch.inf, 0.0)
             own.low.masked_fill_(own.low == torch.inf, 0.0)
         if tape.keeps:
             tape.layers.append(layer)
-        return token.clone(), *(x for own in found for x in own[:4])
+        return token.clone(), *(x for own in found for x in own)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grads: Tensor) -> Any:
         token, *grads_of_moments = grads
         tape: EdgeTape = ctx.tape
-        layer = tape.layers[ctx.number]
+        if ctx.number >= len(tape.layers):
+            raise ConversionError(USED_UP)
+        layer, shared = tape.layers[ctx.number], tape.ties_cross_chunks(ctx.number)
         along, against = _upstream(grads_of_moments[:4], layer.along), _upstream(grads_of_moments[4:], layer.back)
+        if shared:
+            along, against = tape.shared_by_ties(ctx.number, along, against)
         sent, back, left, right = (torch.zeros_like(layer.sent) for _ in range(4))
         for number, (chunk, buffer) in enumerate(zip(tape.chunks, tape.take_gradients(), strict=True)):
             g, e, ends = chunk.shape[0], tape.rebuilt(number, ctx.number), tape.ends(layer, chunk)
             at_dst = Upstream(*(tape.own(v, chunk.dst, chunk) for v in along))
             at_src = Upstream(*(tape.own(v, chunk.src, chunk) for v in against))
             with tape.opened(buffer) as grad:
-                own = tape.kernels.backward(e, grad, ends, at_dst, at_src)
+                own = tape.kernels.backward(e, grad, ends, at_dst, at_src, shared=shared)
             targets, sources = (
                 v.reshape(tape.hidden, g, 2, -1).transpose(1, 2).reshape(tape.hidden, 2, -1) for v in own[2:]
             )
@@ -261,7 +304,7 @@ class _Layer(Function):
 class _Decode(Function):
     @staticmethod
     def forward(ctx: Any, tape: EdgeTape, ratio: float, token: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.tape, ctx.ratio, ctx.depth = tape, ratio, len(tape.layers)
+        ctx.tape, ctx.ratio = tape, ratio
         ctx.save_for_backward(*parameters)
         made = {i: torch.empty_like(tape.features[i]) for i, d in enumerate(tape.decoders) if d is not None}
         for chunk, e in zip(tape.chunks, tape.states, strict=True):
@@ -276,20 +319,21 @@ class _Decode(Function):
         return tuple(made.values())
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grads: Tensor) -> Any:
         tape: EdgeTape = ctx.tape
-        if not tape.states:
-            raise ConversionError("the graph of the metanetwork was used up by an earlier backward pass")
-        total, tape.graded = _Gradients(tape.decoders, ctx.saved_tensors), True
+        if not tape.states or tape.graded:
+            raise ConversionError(USED_UP)
+        total, tape.graded = Gradients(tape.decoders, ctx.saved_tensors), True
         order = [index for index, decoder in enumerate(tape.decoders) if decoder is not None]
         given = dict(zip(order, grads, strict=True))
-        for number, (chunk, buffer) in enumerate(zip(tape.chunks, tape.states, strict=True)):
+        for chunk, buffer in zip(tape.chunks, tape.states, strict=True):
             decoder = tape.decoders[chunk.block]
             if decoder is None:
                 buffer.zero_()
                 continue
             grad = columns_of(given, chunk)
-            e = tape.rebuilt(number, ctx.depth).view(tape.hidden, -1).requires_grad_()
+            e = buffer.to(tape.dtype, copy=True).view(tape.hidden, -1).requires_grad_()  # still the final states
             with torch.enable_grad():
                 said = columns(decoder, e)
             back = total.add(decoder, said, grad * ctx.ratio, e)
@@ -298,61 +342,22 @@ class _Decode(Function):
         return None, None, grads[0].new_zeros(()), *total.of_all
 
 
-class _Gradients:
-    """Sums of the gradients of some modules' parameters, in the order of `_parameters`.
-
-    What the forward pass read is given too: the backward pass computes again, and must find the same.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module | None], read: Sequence[Tensor]) -> None:
-        parameters = _parameters(modules)
-        if any(now is not then for now, then in zip(parameters, read, strict=True)):
-            hint = "call backward inside of what exchanges them, or use backend: pyg"
-            raise ConversionError("the metanetwork has other parameters than in the forward pass", hint=hint)
-        self.places = {id(parameter): index for index, parameter in enumerate(parameters)}
-        self.of_all: list[Tensor | None] = [None] * len(self.places)
-
-    def add(self, module: nn.Module, output: Tensor, grad: Tensor, wanted: Tensor | None = None) -> Tensor | None:
-        """Add what an output's gradient means for a module's parameters; returns that for `wanted`."""
-        own = [p for p in module.parameters() if p.requires_grad]
-        inputs = own if wanted is None else [*own, wanted]
-        found: Sequence[Tensor] = torch.autograd.grad(output, inputs, grad) if inputs else ()
-        for parameter, value in zip(own, found, strict=False):
-            index = self.places[id(parameter)]
-            old = self.of_all[index]
-            self.of_all[index] = value if old is None else old.add_(value)
-        return None if wanted is None else found[len(own)]
-
-
-def _parameters(modules: Sequence[nn.Module | None]) -> list[Tensor]:
-    """Each parameter once: blocks of one kind share their encoder."""
-    return list({id(p): p for module in modules if module is not None for p in module.parameters()}.values())
-
-
-def _join(found: Moments, nodes: slice | Tensor, own: Moments) -> None:
-    hidden = len(found.total)
-    old = Moments(*(taken(value, 1, nodes) for value in found))
-    new = joined(old, Moments(*(value.reshape(hidden, -1) for value in own)))
-    for total, value in zip(found, new, strict=True):
-        placed(total, nodes, value)
+def _join(found: Moments, own: Moments, nodes: slice | Tensor, at: Extremes | None) -> None:
+    """Add a chunk's moments to those of all nodes; `at` counts the chunks that have an extreme."""
+    total, squares, high, low = (value.reshape(len(found.total), -1) for value in own)
+    added(found.total, nodes, total)
+    added(found.squares, nodes, squares)
+    for extreme, value, better, count in (
+        (found.high, high, torch.maximum, at and at.high_chunks),
+        (found.low, low, torch.minimum, at and at.low_chunks),
+    ):
+        old = taken(extreme, 1, nodes)
+        best = better(old, value)
+        if count is not None:
+            placed(count, nodes, taken(count, 1, nodes) * (old == best) + (value == best))
+        placed(extreme, nodes, best)
 
 
 def _upstream(grads: Sequence[Tensor], found: Extremes) -> Upstream:
-    """Gradients of the moments [H, N], those of the extremes shared by their ties."""
     total, squares, high, low = grads
-    shared = high / found.high_ties.clamp(min=1), low / found.low_ties.clamp(min=1)
-    return Upstream(total, squares, *shared, found.high, found.low)
-
-
-def columns(module: nn.Module, x: Tensor) -> Tensor:
-    """An encoder or decoder on columns: [features, edges] to [features, edges]."""
-    if isinstance(module, nn.Sequential):
-        for part in module:
-            x = columns(part, x)
-        return x
-    if isinstance(module, nn.Linear):
-        return torch.addmm(module.bias[:, None], module.weight, x)
-    if isinstance(module, nn.LayerNorm):
-        centred = x - x.mean(0, keepdim=True)  # var_mean over the first axis takes nine times as long
-        return centred * torch.rsqrt((centred * centred).mean(0, keepdim=True) + module.eps)
-    return F.silu(x)
+    return Upstream(total, squares, high, low, found.high, found.low)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from gmn.kernels import exact
+
 if TYPE_CHECKING:
     from gmn.edge_tape import EdgeTape
 
@@ -85,6 +87,7 @@ class _Update(Function):
         return update_of(*tensors)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grads: Tensor) -> Any:
         wanted = ctx.needs_input_grad
         tensors = [x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)]

@@ -35,19 +35,19 @@ class PygMessagePassing(MessagePassing):
         return factor_i * sent_j * edge_attr
 
 
-def forward_pyg(
-    layer: MessageLayer, nodes: Tensor, edges: Sequence[Tensor], blocks: Sequence[EdgeBlock]
-) -> tuple[Tensor, list[Tensor]]:
-    """`MessageLayer.forward` with the same weights on the flattened graph."""
-    index = torch.cat([block_edges(block) for block in blocks], dim=1).to(nodes.device)
-    e = torch.cat([part.reshape(-1, part.shape[3]) for part in edges])
+def edge_index_of(blocks: Sequence[EdgeBlock], device: torch.device) -> Tensor:
+    """[2, E]: source and target of every edge, the blocks one after the other."""
+    return torch.cat([block_edges(block) for block in blocks], dim=1).to(device)
+
+
+def forward_pyg(layer: MessageLayer, nodes: Tensor, e: Tensor, edge_index: Tensor) -> tuple[Tensor, Tensor]:
+    """`MessageLayer.forward` with the same weights, on nodes [N, H] and edges [E, H]."""
     passing = PygMessagePassing()
     nodes = layer.norm(nodes)
-    factor, sent = layer.receive(nodes), layer.send(nodes)
-    update = layer.aggregate(passing(index, factor, sent, e))
-    update = update + layer.aggregate(passing(index.flip(0), factor, sent, e * layer.inv))
+    factor, sent, turned = layer.receive(nodes), layer.send(nodes), e * layer.inv
+    update = layer.aggregate(passing(edge_index, factor, sent, e))
+    update = update + layer.aggregate(passing(edge_index.flip(0), factor, sent, turned))
     left, right = layer.edge_left(nodes), layer.edge_right(nodes)
-    source, target = index
-    e = e + left[target] * right[source] * e + left[source] * right[target] * (e * layer.inv) * layer.inv
-    parts = e.split([part[..., 0].numel() for part in edges])
-    return nodes + update, [part.view(old.shape) for part, old in zip(parts, edges, strict=True)]
+    source, target = edge_index
+    e = e + left[target] * right[source] * e + left[source] * right[target] * turned * layer.inv
+    return nodes + update, e

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gmn.blockwise import PLAIN, compiled
 from gmn.edge_tape import KEEP_MB, EdgeTape
 from gmn.errors import ConversionError
 from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import parametric
+from gmn.kernels import kernels_for
 from gmn.layers import MessageLayer
 
 RUNTIME = ("backend", "max_chunk_mb", "keep_mb", "bf16", "compile")  # how it runs, not what it is: not saved with it
@@ -82,11 +82,17 @@ class MetaNetwork(nn.Module):
     def forward(self, graph: NetworkGraph) -> NetworkGraph:
         """The same graph with rewritten features; identity edges and the structure stay.
 
+        It computes in the precision of its parameters, also under autocast: two digits would hide what it adds.
+
         Raises:
             ConversionError: if the graph has other node features, or a kind of edge this metanetwork never learnt.
         """
+        self.check(graph.spec)
+        with torch.autocast(graph.node_features.device.type, enabled=False):
+            return self._rewritten(graph)
+
+    def _rewritten(self, graph: NetworkGraph) -> NetworkGraph:
         spec = graph.spec
-        self.check(spec)
         nodes = self.node_encoder(graph.node_features)
         weights = parametric(spec)
         passing = self._by_edges if self.config.backend == "pyg" else self._by_blocks
@@ -102,7 +108,7 @@ class MetaNetwork(nn.Module):
         blocks = graph.spec.blocks
         decoders = [self.edge_decoders[b.kind] if own else None for b, own in zip(blocks, changes, strict=True)]
         encoders = [self.edge_encoders[block.kind] for block in blocks]
-        config, kernels = self.config, compiled() if self.config.compile else PLAIN
+        config, kernels = self.config, kernels_for(nodes.device, fused=self.config.compile)
         sizes = {"nodes": len(nodes), "hidden": config.hidden, "depth": config.layers}
         limits: dict[str, Any] = {"max_chunk_mb": config.max_chunk_mb, "keep_mb": config.keep_mb}
         limits["stored"] = torch.bfloat16 if config.bf16 else None
@@ -116,14 +122,19 @@ class MetaNetwork(nn.Module):
     def _by_edges(
         self, graph: NetworkGraph, nodes: Tensor, changes: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        from gmn.layers_pyg import forward_pyg  # torch-geometric takes seconds to import
+        from gmn.layers_pyg import edge_index_of, forward_pyg  # torch-geometric takes seconds to import
 
-        blocks = graph.spec.blocks
-        edges = [self.edge_encoders[b.kind](e) for b, e in zip(blocks, graph.edge_features, strict=True)]
+        blocks, shapes = graph.spec.blocks, [f.shape[:3] for f in graph.edge_features]
+        encoded = [self.edge_encoders[b.kind](e) for b, e in zip(blocks, graph.edge_features, strict=True)]
+        edge_index, edges = edge_index_of(blocks, nodes.device), torch.cat([e.flatten(0, 2) for e in encoded])
+        del encoded
         for layer in self.layers:
             assert isinstance(layer, MessageLayer)
-            nodes, edges = forward_pyg(layer, nodes, edges, blocks)
-        each = zip(blocks, edges, changes, strict=True)
+            nodes, edges = forward_pyg(layer, nodes, edges, edge_index)
+        parts = [
+            e.unflatten(0, shape) for e, shape in zip(edges.split([s.numel() for s in shapes]), shapes, strict=True)
+        ]
+        each = zip(blocks, parts, changes, strict=True)
         return nodes, [self.config.edge_ratio * self.edge_decoders[b.kind](e) if own else None for b, e, own in each]
 
     def check(self, spec: GraphSpec) -> None:

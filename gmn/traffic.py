@@ -8,6 +8,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+VIEWS = ("_unsafe_view", "_reshape_alias", "detach")  # not said to be views
+OVERWRITING = ("copy_", "zero_", "fill_", "new_zeros", "zeros_like", "full_like", "empty_like", "new_empty")
+"""What they get first they write to, or ask only for its shape."""
+
 
 class Traffic(TorchDispatchMode):
     """Counts the bytes that every operation reads and writes; views move none.
@@ -18,6 +22,11 @@ class Traffic(TorchDispatchMode):
     ...     y = (x.view(10, 100) + 1).mul_(2)
     >>> traffic.bytes  # written by zeros, read and written by +, read and written by mul_
     20000
+    >>> with Traffic() as traffic:
+    ...     y = torch.empty_like(x).copy_(x)  # x is read, y is written
+    ...     y = torch.eq(x, x, out=y)  # the same
+    >>> traffic.bytes
+    16000
     """
 
     def __init__(self) -> None:
@@ -27,9 +36,12 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and add its bytes."""
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            read = {x.data_ptr(): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in VIEWS:
+            given = args[1:] if name in OVERWRITING else args
+            options = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            read = {x.data_ptr(): x for x in tree_leaves((given, options)) if isinstance(x, Tensor)}
+            written = [] if name.startswith("empty") else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             self.bytes += sum(map(_size, (*read.values(), *written)))
         return result
 

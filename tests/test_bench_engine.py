@@ -74,7 +74,7 @@ def test_the_published_step_has_the_same_gradient() -> None:
         if backend == "pyg":
             watch = Stopwatch()
             bench_metastep._published_step(metanetwork, subject, batches, watch)
-            assert watch.seconds.keys() == set(bench_metastep.PHASES) - {"images"}
+            assert watch.seconds.keys() == set(bench_metastep.PHASES) - {"images", "optimizer"}
             assert min(watch.seconds.values()) > 0
         else:
             meta_step(metanetwork, subject, batches, pruner_reg=1.0)

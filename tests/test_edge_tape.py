@@ -1,6 +1,7 @@
 """Contract of `gmn.edge_tape` and `gmn.blockwise`.
 
-* Gradients are those of the formula, in double precision, by finite differences, ties among messages included.
+* Gradients are those of the formula, in double precision, by finite differences; messages that tie for an extreme share
+  its gradient evenly, wherever the chunks are cut. Autocast changes nothing.
 * The size of the chunks changes nothing but the last bits; no node lies in two parts of one chunk.
 * Every edge lies in exactly one chunk, and chunks keep to their size where one row does.
 * Memory: one buffer of all edge states, whatever the number of layers, and the kept states there is room for, which
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from gmn.edge_tape import EdgeTape
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock, NetworkGraph
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
+from gmn.networks import build_network
 
 
 def graph_of(model: nn.Module) -> NetworkGraph:
@@ -48,45 +51,72 @@ def outputs(meta: MetaNetwork, graph: NetworkGraph) -> list[Tensor]:
 
 def loss_of(meta: MetaNetwork, graph: NetworkGraph) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    draws = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs(meta, graph))
-    pairs = zip(outputs(meta, graph), draws, strict=True)
-    return torch.stack([(x * r).sum() for x, r in pairs]).sum()
+    made = outputs(meta, graph)
+    draws = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in made]
+    return torch.stack([(x * r).sum() for x, r in zip(made, draws, strict=True)]).sum()
+
+
+class Anew(torch.autograd.Function):
+    """The loss, computed again for every backward pass: gradcheck takes several, and a tape is good for one."""
+
+    @staticmethod
+    def forward(ctx: Any, meta: MetaNetwork, graph: NetworkGraph, *parameters: Tensor) -> Tensor:
+        ctx.meta, ctx.graph = meta, graph
+        return loss_of(meta, graph)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.enable_grad():
+            found = torch.autograd.grad(loss_of(ctx.meta, ctx.graph), list(ctx.meta.parameters()))
+        return None, None, *(grads[0] * g for g in found)
 
 
 @pytest.mark.parametrize("make", [lambda: small(Residual(4), width=4), depthwise, lambda: small(Residual(groups=3))])
-def test_gradients_by_finite_differences(make: object) -> None:
-    graph = graph_of(make())  # type: ignore[operator]
-    meta = metanetwork(graph)
-    # torch.autograd.gradcheck takes two backward passes, and the edges of one forward pass are good for one
-    parameters = dict(meta.named_parameters())
-    gradients = dict(zip(parameters, torch.autograd.grad(loss_of(meta, graph), list(parameters.values())), strict=True))
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in parameters.items():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        step, values = 1e-6 * direction / direction.norm(), []
-        with torch.no_grad():
-            for sign in (1, -1):
-                parameter.add_(sign * step)
-                values.append(float(loss_of(meta, graph)))
-                parameter.sub_(sign * step)
-        expected = (values[0] - values[1]) / 2e-6
-        found = float((gradients[name] * direction).sum() / direction.norm())
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+def test_gradcheck(make: Callable[[], nn.Module]) -> None:
+    """Every entry of every parameter, by finite differences."""
+    graph = graph_of(make())
+    meta = metanetwork(graph, hidden=2)
+    assert torch.autograd.gradcheck(lambda *own: Anew.apply(meta, graph, *own), tuple(meta.parameters()), rtol=1e-5)
 
 
-def test_tied_extremes_share_the_gradient() -> None:
-    """Equal sources with equal edges send equal messages: autograd of the reference splits evenly, and so do we."""
-    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+@pytest.mark.parametrize("megabytes", [None, 1e-5])
+def test_tied_extremes_share_the_gradient(megabytes: float | None) -> None:
+    """Equal sources with equal edges send equal messages: autograd of the reference splits evenly, and so do we.
+
+    In the smallest chunks a node's ties lie in several of them.
+    """
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).double()
     with torch.no_grad():
         model[0].weight.fill_(0.3)
+        model[0].bias.copy_(torch.tensor([0.1, 0.1, 0.1, 0.4]))
         model[2].weight.fill_(-0.2)
+        model[2].bias.fill_(0.2)
     graph = to_graph(model, torch.zeros(1, 3, dtype=torch.float64))
-    gradients = []
-    for backend in ("blocks", "pyg"):
-        meta = metanetwork(graph, backend=backend)
-        gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters())))
+    gradients, crossed = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        plain = EdgeTape.ties_cross_chunks
+        patch.setattr(EdgeTape, "ties_cross_chunks", lambda *own: crossed.append(plain(*own)) or crossed[-1])
+        for options in ({"max_chunk_mb": megabytes}, {"backend": "pyg"}):
+            meta = metanetwork(graph, **options)
+            gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters())))
+    assert crossed == [megabytes is not None] * 2
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast_changes_nothing() -> None:
+    """With the backward pass in its scope too, torch itself takes bfloat16 for the gradients of linear layers."""
+    graph = graph_of(small(Residual()))
+    graph = graph.replace(graph.node_features.float(), tuple(e.float() for e in graph.edge_features))
+    meta = metanetwork(graph).float()
+    parameters = list(meta.parameters())
+    expected = list(torch.autograd.grad(loss_of(meta, graph), parameters))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = list(torch.autograd.grad(loss_of(meta, graph), parameters))
+        loss = loss_of(meta, graph)
+    outside = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(ours, usual) for ours, usual in zip(outside, expected, strict=True))
+    assert apart(inside, [g.double() for g in expected]) < 0.05
 
 
 @pytest.mark.parametrize("megabytes", [1e-5, 1e-3, 0.01, 100.0])
@@ -181,8 +211,13 @@ def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((a.double() - b).detach().norm() / b.detach().norm().clamp(min=1e-9)) for a, b in pairs)
 
 
-MODELS = {"residual": Residual, "depthwise": lambda: depthwise()[1], "grouped": lambda: Residual(groups=3)}
-OPTIONS = [{"backend": "pyg"}, {}, {"max_chunk_mb": 1e-3}, {"keep_mb": 0.0}, {"compile": True}]
+MODELS = {
+    "residual": lambda: small(Residual()),
+    "depthwise": lambda: small(depthwise()[1]),
+    "grouped": lambda: small(Residual(groups=3)),
+    "resnet20": lambda: build_network("cifar.resnet20", num_classes=10, in_channels=3, options={"shortcut": "A"}),
+}
+OPTIONS = [{"backend": "pyg"}, {}, {"max_chunk_mb": 0.02}, {"keep_mb": 0.0}, {"compile": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -191,10 +226,12 @@ def test_five_digits_in_single_precision(model: Callable[[], nn.Module], options
     """Not of the output, most of which is the input: of what is added to it, and of every gradient."""
     if options.get("compile") and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    graph = graph_of(small(model()))
+    torch.manual_seed(0)
+    graph = graph_of(model().eval())
     reference = results_of(graph, backend="pyg")
     single = graph.replace(graph.node_features.float(), tuple(e.float() for e in graph.edge_features))
-    assert apart(results_of(single, **options), reference) < 1e-5
+    loose = options.get("backend") == "pyg" and model is MODELS["resnet20"]  # it sums one by one, in single precision
+    assert apart(results_of(single, **options), reference) < (1e-3 if loose else 1e-5)
 
 
 def test_states_in_bfloat16() -> None:
