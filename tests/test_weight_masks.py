@@ -65,6 +65,21 @@ def test_limits_and_local_rankings_by_hand() -> None:
     assert [int(keep.sum()) for keep in unstructured({"a": torch.ones(1), "b": torch.ones(3)}, 0.5).values()] == [1, 1]
 
 
+def test_a_share_of_less_than_a_weight_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)), torch.zeros(1, 4)
+    with pytest.raises(
+        PruningError, match=r"no weight would go: expected at least 0\.019, one of 54 weights; got .*0\.009"
+    ):
+        gmn.prune(model, x, pattern="unstructured", sparsity=0.009)
+    masked = gmn.prune(model, x, pattern="unstructured", sparsity=0.019)
+    assert gmn.cost(masked.model, x).parameters == 65
+    assert sum(int((~keep).sum()) for keep in masked.mask.keep.values()) == 1  # type: ignore[union-attr]
+    spec, config = gmn.to_graph(model, x).spec, Prune(pattern="unstructured")
+    ladder = list(weight_ladder(model, spec, config, points=2000))  # of a curve's points some may be alike
+    assert len(ladder) == 2000
+    assert all(bool(keep.all()) for keep in ladder[0].keep.values())
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0.01, 0.5), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_no_weight_that_stays_is_smaller_than_one_that_goes(sizes: list[int], share: float, seed: int) -> None:
