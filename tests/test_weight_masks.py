@@ -320,6 +320,37 @@ def test_each_layer_is_handed_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not converted.training
 
 
+class Every(nn.Module):
+    """A layer of every kind that may stay dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return self.head(self.mlp(tokens + self.attention(tokens, tokens, tokens)[0]).mean(1))
+
+
+def test_what_is_compressed_and_what_stays_dense_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gmn import sparse_format as module
+
+    pruned = gmn.prune(Every(), torch.zeros(1, 4, 4, 4), pattern="2:4").model
+    monkeypatch.setattr(module, "_refuse_hardware", lambda _: None)
+    monkeypatch.setattr(module, "to_sparse_semi_structured", lambda weight: 2 * weight)
+    capsys.readouterr()
+    gmn.semi_structured(pruned, keep=["head"])
+    dense = "conv (convolution); attention (nn.MultiheadAttention); head (keep='head')"
+    assert capsys.readouterr().err == f"semi-structured: mlp; dense: {dense}\n"
+    gmn.semi_structured(nn.Sequential(pruned.get_submodule("mlp")))
+    assert capsys.readouterr().err == "semi-structured: 0; dense: no layer\n"
+
+
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
