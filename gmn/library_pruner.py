@@ -44,7 +44,7 @@ def library_pruner(
     """
     if spec.heads:
         raise PruningError("the rows of torch-pruning do not know attention heads", hint=LEAVE_OUT)
-    kind = tp.pruner.GroupNormPruner if sparse else tp.pruner.BasePruner
+    kind: Any = tp.pruner.GroupNormPruner if sparse else tp.pruner.BasePruner  # `least` below is ours
     coupled = kept_whole(spec, settled(model, spec, example_inputs), config)
     with _one_error():
         pruner = kind(
