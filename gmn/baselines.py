@@ -29,13 +29,22 @@ from gmn.costs import Cost
 from gmn.library_pruner import prune_with
 from gmn.meta_job import MetaJob
 from gmn.metanetwork import MetaNetwork
+from gmn.progress import say
 from gmn.settings import Fit
 from gmn.stages import stage
+from gmn.state_dict import checksum
 from gmn.trace import clone
 from gmn.training import evaluate, recalibrate
 from gmn.weight_masks import WeightMask
 
 Regularize = Callable[[], None]
+DIGEST = "metanetwork_sha256"
+"""Of a row, in its `model.json`: the digest of the metanetwork that it was made with; a row without one has none."""
+
+
+def digest(metanetwork: MetaNetwork) -> str:
+    """What tells a metanetwork from others."""
+    return checksum(metanetwork.state_dict())
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,22 @@ class Trial:
         return len(self.job.recipe.targets) > 1
 
     @cached_property
+    def learnt(self) -> dict[str, str]:
+        """The digest of this row's metanetwork, if it is a row with one."""
+        learns = ROWS.get(self.row, metanetwork) is metanetwork
+        return {DIGEST: digest(self.metanetwork)} if learns and self.metanetwork else {}
+
+    def made(self, folder: Path) -> bool:
+        """Whether a folder holds this row's network: `gmn select --use` may have changed the metanetwork since."""
+        if not is_saved(folder):
+            return False
+        stated = load_checked(folder / "model.json", {}).get(DIGEST)
+        if stated is None or stated == self.learnt.get(DIGEST):  # an older gmn did not state it
+            return True
+        say(f"{folder.relative_to(self._models.parent)}: of another metanetwork than the run's; it is made again")
+        return False
+
+    @cached_property
     def before(self) -> Cost:
         """What the speed-up counts from."""
         return self.job.cost(self.base)
@@ -119,9 +144,9 @@ class Trial:
         """The network before pruning; with several speed-ups it is made for the first of them, and kept."""
         if not self._several:
             return make()
-        if not is_saved(self.first):
-            model = make().eval()
-            save_model(self.first, model, self.job.source, stages=self.stages, input_shape=self.job.data.input_shape)
+        if not self.made(self.first):
+            model, facts = make().eval(), {"stages": self.stages, **self.learnt}
+            save_model(self.first, model, self.job.source, **facts, input_shape=self.job.data.input_shape)
             self.job.run.forget()
         self.stages.update(load_checked(self.first / "model.json", {"stages": dict})["stages"])
         return load_model(self.first).to(self.job.device)

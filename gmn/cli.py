@@ -170,6 +170,7 @@ def cost(
 
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run that meta-trained.")]
+TUNED = "Images that each network is fine-tuned on before its curve; 0: none. The paper's figures are fine-tuned."
 FinetuneOption = Annotated[int, typer.Option("--finetune-images", min=0, help="Brief fine-tuning of each checkpoint.")]
 
 
@@ -180,10 +181,14 @@ def curve(
     points: Annotated[int, typer.Option("--points", min=2, help="Points of a curve; N:M has M of its own.")] = 12,
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many validation images a point.")] = 2000,
     drop: Annotated[float, typer.Option("--drop", min=0, help="Accuracy lost at the turning point.")] = 0.02,
-    finetune_images: FinetuneOption = 0,
+    finetune_images: Annotated[int, typer.Option("--finetune-images", min=0, help=TUNED)] = 0,
     allow_code: AllowCodeOption = False,
 ) -> None:
-    """Draw accuracy against speed-up, without fine-tuning, for some checkpoints of a run."""
+    """Draw accuracy against speed-up for some checkpoints of a run.
+
+    By default nothing is fine-tuned: the networks are as the metanetwork leaves them. The paper's figures have networks
+    after metanetwork and fine-tuning: give --finetune-images, at best as many as finetune.after_meta reads.
+    """
     from gmn import curve_cli
 
     size = {"points": points, "images": images, "drop": drop, "finetune_images": finetune_images}

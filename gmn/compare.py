@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from gmn.baselines import Trial
+from gmn.baselines import DIGEST, Trial, digest
 from gmn.budget import budget
 from gmn.builder import Layout
 from gmn.checkpoint import load_model, save_json
@@ -49,7 +49,7 @@ def compare(
         seen: Whether the metanetwork learnt on this very network; None if that is not known.
         engine: Who makes the rows, each with each seed.
     """
-    recipe = job.recipe
+    recipe, learnt = job.recipe, {} if metanetwork is None else {DIGEST: digest(metanetwork)}
     base, start = networks_of(job)
     trials = trials_of(job, base, start, (metanetwork, layout))
     if engine.remote:
@@ -60,6 +60,7 @@ def compare(
     report = {
         "recipe": recipe.name,
         "seen": seen,
+        **learnt,
         **_target(job, recipe.prune.speed_up),
         "validation_images": len(job.data.val),
         "test_images": len(job.data.test),
@@ -75,7 +76,7 @@ def compare(
         **({"metanetworks": {k: str(v) for k, v in paths.items()}} if (paths := recipe.report.metanetworks) else {}),
     }
     if metanetwork is not None:
-        save_json(job.run.folder / STATISTICS, _statistics(job, start, metanetwork, layout))
+        save_json(job.run.folder / STATISTICS, {**learnt, **_statistics(job, start, metanetwork, layout)})
     save_json(job.run.folder / "report.json", report)
     return report
 

@@ -13,7 +13,7 @@ from torch import nn
 from gmn.away import share, weights_of, with_weights_in
 from gmn.baselines import ROWS, Trial
 from gmn.builder import Layout
-from gmn.checkpoint import ABOUT_MODELS, is_saved, load_checked, load_metanetwork, save_model
+from gmn.checkpoint import ABOUT_MODELS, load_checked, load_metanetwork, save_model
 from gmn.costs import Cost
 from gmn.data import Data
 from gmn.engine import Engine
@@ -62,9 +62,9 @@ def pattern_of(job: MetaJob) -> dict[str, str]:
 def result_of(job: MetaJob, trial: Trial) -> dict[str, Any]:
     """One finished network: its validation and test accuracy, and its cost."""
     folder = trial.folder
-    if not is_saved(folder):
+    if not trial.made(folder):
         model = ROWS.get(trial.row, ROWS["metanetwork"])(trial)
-        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages, **pattern_of(job)}
+        about = {"row": trial.row, "seed": trial.seed, "stages": trial.stages, **pattern_of(job), **trial.learnt}
         facts = {**about, **measure(job, model, trial.before)}
         job.run.log("result", **facts)
         save_model(folder, model, job.source, **facts, input_shape=job.data.input_shape)
@@ -102,7 +102,7 @@ BEFORE = (
 def share_rows(job: MetaJob, engine: Engine, trials: Iterable[Trial]) -> None:
     """Let workers make the networks that are missing."""
     jobs: dict[Key, list[str]] = {}
-    for trial in (trial for trial in trials if not is_saved(trial.folder)):
+    for trial in (trial for trial in trials if not trial.made(trial.folder)):
         paths = jobs.setdefault((trial.row, trial.seed), list(BEFORE))
         paths += [str(path.relative_to(job.run.folder)) for path in (trial.first, trial.folder)]
     work = partial(_elsewhere, job.recipe, job.data.to(torch.device("cpu")))

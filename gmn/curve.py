@@ -1,4 +1,7 @@
-"""Accuracy against speed-up: prune a little, evaluate without fine-tuning, repeat (GMN, section 4).
+"""Accuracy against speed-up: prune a little, evaluate, repeat, without fine-tuning in between (GMN, section 4).
+
+The paper fine-tunes once before, after the metanetwork; `Choices.finetune_images` does, and 0 is the default. The
+weights' statistics of a run (`statistics.json`) are those before any fine-tuning too.
 
 The flatter the curve, the easier a network is to prune. Its turning point is the speed-up at which accuracy falls
 under a threshold. Validation images only, batch norms recalibrated as the recipe says. Where single weights go, the
@@ -31,7 +34,10 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Choices:
-    """What is drawn: `drop` is how much accuracy may be lost before the turning point, `images` judge a point."""
+    """What is drawn: `drop` is how much accuracy may be lost before the turning point, `images` judge a point.
+
+    `finetune_images`: how many each network is fine-tuned on after the metanetwork and before its curve; 0: none.
+    """
 
     checkpoints: Sequence[int]
     points: int = 12

@@ -43,6 +43,7 @@ def select(run: Path, *, min_accuracy: float, finetune_images: int, use: bool) -
             path = run / METANETWORK_FILE
             save_metanetwork(path, metanetwork, layout)
             job.run.log("use", checkpoint=epoch)
+            print("rows that the run has made with another metanetwork are made again: gmn meta-train ... --resume")
     print(f"checkpoint {epoch}: gmn prune RECIPE --meta {path}")
 
 

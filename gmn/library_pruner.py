@@ -1,8 +1,9 @@
 """torch-pruning's own pruners under our keep rules: what a user would take instead of this package.
 
 Scores are its `GroupMagnitudeImportance` with its defaults: p = 2, mean over the members of a group, divided by the
-mean over its channels. Ranking is global, and a step removes about as many channels as one of ours. It looks at
-`prune.max_ratio` before a step, so a layer can end with a little less than that leaves.
+mean over its channels. Ranking is global, and a step removes about as many channels as one of ours. `prune.keep`,
+`limits`, `max_ratio` and `round_to` go for it too; it looks at them before a step, so a layer can end with a little
+less than they leave, and with `round_to` layers of fewer channels stay whole.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gmn.costs import Cost, cost
 from gmn.errors import PruningError, one_line
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings
+from gmn.limits import floors, kept_whole
 from gmn.settings import Prune
 from gmn.surgery import settled
 
@@ -34,29 +36,34 @@ def library_pruner(
         model: The network.
         spec: Its graph's structure, which says what must stay.
         example_inputs: What torch-pruning follows the channels with.
-        config: Steps, and how much of a layer may go.
+        config: Steps, what stays whole, and how much of a layer may go.
         sparse: `GroupNormPruner`, whose `regularize` adds to the gradients, with its default strength of 1e-4.
 
     Raises:
-        PruningError: if the network has attention, or torch-pruning cannot follow it.
+        PruningError: if the network has attention, a pattern matches no layer, or torch-pruning cannot follow it.
     """
     if spec.heads:
         raise PruningError("the rows of torch-pruning do not know attention heads", hint=LEAVE_OUT)
-    kind = tp.pruner.GroupNormPruner if sparse else tp.pruner.BasePruner
+    kind: Any = tp.pruner.GroupNormPruner if sparse else tp.pruner.BasePruner  # `least` below is ours
+    coupled = kept_whole(spec, settled(model, spec, example_inputs), config)
     with _one_error():
-        return kind(
+        pruner = kind(
             model,
             example_inputs,
             tp.importance.GroupMagnitudeImportance(),
             global_pruning=True,
             pruning_ratio=1.0,
-            max_pruning_ratio=config.max_ratio,
+            max_pruning_ratio=max([config.max_ratio, *config.limits.values()]),
             iterative_steps=config.steps,
-            ignored_layers=_whole_layers(model, spec, settled(model, spec, example_inputs)),
+            ignored_layers=_whole_layers(model, spec, coupled),
+            round_to=config.round_to if config.round_to > 1 else None,
             in_channel_groups={},  # its own defaults are shared by all pruners, and grow
             out_channel_groups={},
             num_heads={},
         )
+    # of its own `pruning_ratio_dict` each entry would be a ranking apart; max_ratio alone it knows itself
+    pruner.least = _least(model, spec, coupled, config) if config.limits or config.round_to > 1 else {}
+    return pruner
 
 
 def prune_with(pruner: Pruner, example_inputs: Any, speed_up: float, before: Cost) -> nn.Module:
@@ -68,6 +75,7 @@ def prune_with(pruner: Pruner, example_inputs: Any, speed_up: float, before: Cos
     reached = 1.0
     for _ in range(pruner.iterative_steps):
         with _one_error():
+            _leave_alone(pruner)
             pruner.step()
             reached = before.flops / cost(pruner.model, example_inputs).flops
         if reached >= speed_up:
@@ -92,3 +100,21 @@ def _whole_layers(model: nn.Module, spec: GraphSpec, coupled: Couplings) -> list
         for param, slots in spec.weights().items()
         if bool(stays[coupled.channel[spec.made_by(slots)]].any())
     ]
+
+
+def _least(model: nn.Module, spec: GraphSpec, coupled: Couplings, config: Prune) -> dict[nn.Module, int]:
+    """How many channels of each layer must stay."""
+    least, found = floors(spec, coupled, config), {}
+    for param, slots in spec.weights().items():
+        groups = coupled.group[coupled.channel[spec.made_by(slots)]].unique()
+        found[model.get_submodule(param.rpartition(".")[0])] = int(least[groups].sum())
+    return found
+
+
+def _leave_alone(pruner: Pruner) -> None:
+    """From now on ignore the layers that would have too few channels with one less, or with one multiple less."""
+    multiple = pruner.round_to or 1
+    for layer, least in pruner.least.items():
+        fewer = (pruner.DG.get_out_channels(layer) - 1) // multiple * multiple
+        if fewer < least and layer not in pruner.ignored_layers:
+            pruner.ignored_layers.append(layer)

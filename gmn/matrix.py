@@ -48,11 +48,12 @@ class Matrix:
             self._share()
         for label in self.recipe.used:
             self.runs.entry(label)
+        networks = self.recipe.networks
         content = {
             "recipe": self.recipe.name,
             "method": "matrix",
-            "columns": self.recipe.metanetworks,
-            "networks": {row: self._network(row) for row in self.recipe.networks},
+            "columns": list(dict.fromkeys(title for row in networks for title in self.recipe.titles(row).values())),
+            "networks": {row: self._network(row) for row in networks},
         }
         save_json(self.folder / "report.json", content)
         return content
@@ -72,8 +73,8 @@ class Matrix:
         """The report of one network: as `compare` makes it, but every metanetwork has a row of its own."""
         own = load_report(self.folder / "entries" / row)
         results = [
-            {**result, "row": column}
-            for column in self.recipe.metanetworks
+            {**result, "row": title}
+            for column, title in self.recipe.titles(row).items()
             for result in (own if column == row else load_report(self.runs.cell(row, column)))["results"]
             if result["row"] == "metanetwork"
         ]

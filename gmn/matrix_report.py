@@ -18,6 +18,7 @@ from gmn.checkpoint import save_text
 from gmn.compare import summarise
 from gmn.page import Section, Table, origin, write_page
 from gmn.report import MEANINGS, TITLES, accuracy, targets
+from gmn.settings_matrix import OWN
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
@@ -27,6 +28,7 @@ MARKS = {True: "‡", False: "†"}
 NOTES = {
     "‡": "‡: the metanetwork learnt on this very network",
     "†": "†: the metanetwork learnt on networks of this kind",
+    OWN: "own: the metanetwork that learnt with the settings of its row",
     "same-schedule": "none: the same schedule without metanetwork",
     **{row: meaning for row, meaning in MEANINGS.items() if row != "same-schedule"},
 }
@@ -72,7 +74,7 @@ def _entries(label: str, network: Report) -> dict[str, Entry]:
         stages = [result["stages"]["pruned"] for result in network["results"] if result["row"] == row]
         entry["pruned"] = statistics.fmean(stages or [entry["validation_accuracy"]])  # the base is not pruned
         entry["best"] = row != "base" and len(entries) > 2 and entry["test_accuracy"] == top  # of several
-        entry["mark"] = MARKS[network["seen"]] if row == label else ""
+        entry["mark"] = MARKS[network["seen"]] if row in (label, OWN) else ""
     return entries
 
 
@@ -82,12 +84,13 @@ def caption(report: Report, best: str = "*") -> str:
     budgets: dict[str, list[str]] = {}
     for label, network in report["networks"].items():
         budgets.setdefault(_budget(network), []).append(label)
-    learnt = bool(report["columns"])
+    learnt, own = bool(report["columns"]), report["columns"] == [OWN]
     parts = [
-        f"a row per network, a column per {'metanetwork' if learnt else 'way to prune'}",
+        f"a row per network, a column per {'metanetwork' if learnt and not own else 'way to prune'}",
         *(note for name, note in NOTES.items() if name in marks or name in columns(report)),
         *(f"{', '.join(labels)}: {budget}" if len(budgets) > 1 else budget for budget, labels in budgets.items()),
-        f"mean ± standard deviation over fine-tuning seeds{', one metanetwork per column' if learnt else ''}",
+        "mean ± standard deviation over fine-tuning seeds"
+        + (f", one metanetwork per {'row' if own else 'column'}" if learnt else ""),
         f"{best}: the best of a row",
         "validation images choose, test images are read once",
     ]
@@ -142,4 +145,5 @@ def write(report: Report, folder: Path) -> Path:
         *(Section(name, tables=[Table(names, grid(report, value), title)]) for name, (title, value) in MORE.items()),
         *origin(folder),
     ]
-    return write_page(folder / "report.html", f"{report['recipe']}: transfer of metanetworks", sections)
+    what = "each network with its own metanetwork" if report["columns"] == [OWN] else "transfer of metanetworks"
+    return write_page(folder / "report.html", f"{report['recipe']}: {what}", sections)

@@ -8,9 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gmn.baselines import DIGEST, digest
 from gmn.bench_report import markdown
-from gmn.checkpoint import save_text
+from gmn.checkpoint import is_readable, load_metanetwork, save_text
 from gmn.compare import summarise, tables_of
+from gmn.progress import say
+from gmn.run import METANETWORK_FILE
 from gmn.weight_masks import reasons
 
 TITLES = {
@@ -168,5 +171,14 @@ def show(report: dict[str, Any], folder: Path, console: Console | None = None) -
     console = console or Console()
     for own in tables(report):
         console.print(own)
+    _say_outdated(report, folder)
     save_text(folder / "report.md", text(report))
     console.print(f"page: {report_page.write(report, folder)}", soft_wrap=True, highlight=False)
+
+
+def _say_outdated(report: dict[str, Any], folder: Path) -> None:
+    """Warn where the run has another metanetwork by now: table and page stay those of the report."""
+    path, before = folder / METANETWORK_FILE, report.get(DIGEST)
+    if before and is_readable(path, "the report is shown as it is") and digest(load_metanetwork(path)[0]) != before:
+        hint = "gmn meta-train ... --resume makes its rows and the report again"
+        say(f"warning: the report is of another metanetwork than the run has now (gmn select --use); {hint}")

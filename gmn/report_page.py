@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gmn.baselines import DIGEST
 from gmn.checkpoint import load_json
 from gmn.compare import STATISTICS, tables_of
 from gmn.page import Picture, Section, Table, origin, write_page
@@ -78,6 +79,8 @@ def _statistics(report: dict[str, Any], folder: Path) -> list[Section]:
     if not (folder / STATISTICS).is_file():
         return []  # a run of an older gmn
     statistics = load_json(folder / STATISTICS)
+    if statistics.pop(DIGEST, None) != report.get(DIGEST):
+        return []  # a run that goes on with another metanetwork was stopped before its report
     drawn = [
         Picture(by_layer(statistics, report["recipe"], folder / "plots" / "statistics.png"), "Five measures by layer"),
         Picture(

@@ -12,7 +12,9 @@ from gmn.settings import Recipe, Report
 from gmn.settings_fit import Section
 
 LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
-RESERVED = ("network", "base", "none", *get_args(get_args(Report.model_fields["baselines"].annotation)[0]))
+OWN = "own"
+"""Instead of columns, and the name of the one there is then: each network with what its own entry learnt."""
+RESERVED = (OWN, "network", "base", "none", *get_args(get_args(Report.model_fields["baselines"].annotation)[0]))
 """Names of the table's other columns."""
 
 
@@ -31,8 +33,10 @@ class MatrixRecipe(Section):
     rows: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None, description="entries whose network is pruned; null: all"
     )
-    columns: list[str] | None = Field(
-        default=None, description="entries whose metanetwork is used; null: all; []: only the baselines of the rows"
+    columns: list[str] | Literal["own"] | None = Field(
+        default=None,
+        description="entries whose metanetwork is used; null: all; own: each network with its own entry's alone; "
+        "[]: only the baselines of the rows",
     )
 
     @property
@@ -42,8 +46,14 @@ class MatrixRecipe(Section):
 
     @property
     def metanetworks(self) -> list[str]:
-        """The labels of the columns that have a metanetwork."""
-        return list(self.entries) if self.columns is None else self.columns
+        """The labels of the entries that learn a metanetwork."""
+        if isinstance(self.columns, list):
+            return self.columns
+        return list(self.entries) if self.columns is None else self.networks
+
+    def titles(self, row: str) -> dict[str, str]:
+        """By label of the entries whose metanetworks prune a network, the names of their columns."""
+        return {row: OWN} if self.columns == OWN else {label: label for label in self.metanetworks}
 
     @property
     def used(self) -> list[str]:
@@ -53,7 +63,7 @@ class MatrixRecipe(Section):
     @property
     def cells(self) -> list[tuple[str, str]]:
         """(row, column) of every network with the metanetwork of another entry."""
-        return [(row, column) for row in self.networks for column in self.metanetworks if row != column]
+        return [(row, column) for row in self.networks for column in self.titles(row) if row != column]
 
     @field_validator("entries", mode="before")  # ahead of what is wrong in the entries
     @classmethod
@@ -65,15 +75,24 @@ class MatrixRecipe(Section):
                 raise ValueError(f"the label {label!r} is the name of another column; give another")
         return entries
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _labels_or_own(cls, value: object) -> object:
+        if not (value is None or value == OWN or isinstance(value, list)):
+            raise ValueError(f"expected a list of entries, {OWN} or null; got {value!r}")
+        return value
+
     @field_validator("rows", "columns")
     @classmethod
-    def _labels_of_entries(cls, labels: list[str] | None, info: ValidationInfo) -> list[str] | None:
+    def _labels_of_entries(cls, labels: list[str] | str | None, info: ValidationInfo) -> list[str] | str | None:
         known = info.data.get("entries")
-        for number, label in enumerate(labels or []):
+        if not isinstance(labels, list):
+            return labels
+        for number, label in enumerate(labels):
             if known and label not in known:
                 hint = nearest(label, known)
                 raise ValueError(f"no entry {label!r}, only {', '.join(known)}{f'; {hint}' if hint else ''}")
-            if label in (labels or [])[:number]:
+            if label in labels[:number]:
                 raise ValueError(f"the label {label!r} comes twice")
         return labels
 

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.sparse import to_sparse_semi_structured
 
 from gmn.errors import GmnError, PruningError
 from gmn.limits import meant
+from gmn.progress import say
 from gmn.trace import clone
+from gmn.weight_masks import reasons
 
 
 def semi_structured(model: nn.Module, *, keep: Sequence[str] = ()) -> nn.Module:
     """A copy, for inference, whose linear layers hold only the two weights of every four that may differ from zero.
 
-    The format is for matrices: convolutions and the projections of `nn.MultiheadAttention` stay as they are.
+    The format is for matrices: every convolution and the projections of `nn.MultiheadAttention` stay dense, zeros and
+    all. A line says which layers are in the format and which are not, with the reason.
 
     Args:
         model: Pruned to 2:4; in float16 or bfloat16, on a CUDA device of compute capability 8.0 or more. It is not
@@ -27,17 +31,19 @@ def semi_structured(model: nn.Module, *, keep: Sequence[str] = ()) -> nn.Module:
 
     Raises:
         PruningError: if a linear layer is not 2:4, there is none, or a pattern matches none.
-        GmnError: if the device, the number format or torch lacks what is needed; it says which.
+        GmnError: if the device, the number format or torch lacks what is needed; it says which. Torch also refuses
+            layers whose sizes are not multiples of what its kernels take, by name: leave them dense with `keep`.
     """
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     }
-    dense = {name for pattern in keep for name in meant(pattern, layers, f"keep={pattern!r}", "linear layers")}
+    kept = {name: f"keep={p!r}" for p in keep for name in meant(p, layers, f"keep={p!r}", "linear layers")}
+    dense = {**_not_matrices(model), **kept}
     names = [name for name in layers if name not in dense]
     if not names:
-        raise PruningError("no linear layer to convert", got=f"{len(dense)} that are kept dense")
+        raise PruningError("no linear layer to convert", got=f"{len(kept)} that are kept dense")
     for name in names:
         _refuse_dense(layers[name].weight, name)
     _refuse_hardware(layers[names[0]].weight)
@@ -45,7 +51,19 @@ def semi_structured(model: nn.Module, *, keep: Sequence[str] = ()) -> nn.Module:
     for name in names:
         layer = converted.get_submodule(name)
         layer.weight = nn.Parameter(_compressed(layer.weight, name), requires_grad=False)  # type: ignore[arg-type]
+    say(f"semi-structured: {', '.join(names)}; dense: {reasons(dense) or 'no layer'}")
     return converted
+
+
+def _not_matrices(model: nn.Module) -> dict[str, str]:
+    """The layers with weights that the format is not for, and why."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            found[name] = "convolution"
+        elif isinstance(module, nn.MultiheadAttention):
+            found[name] = "nn.MultiheadAttention"
+    return found
 
 
 def _refuse_dense(weight: Tensor, name: str) -> None:

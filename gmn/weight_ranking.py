@@ -66,9 +66,18 @@ def weight_mask(
     criterion: Criterion | None = None,
     gradients: Mapping[str, Tensor] | None = None,
 ) -> WeightMask:
-    """The weights that stay when a network is pruned to a target that is not for channels."""
+    """The weights that stay when a network is pruned to a target that is not for channels.
+
+    Raises:
+        PruningError: if nothing would go, or as `prune_by_pattern`.
+    """
     found = Prunable.of(model, spec, config)
-    return found.mask(weight_scores(model, found.axes, criterion, gradients), config)
+    mask = found.mask(weight_scores(model, found.axes, criterion, gradients), config)
+    if all(bool(keep.all()) for keep in mask.keep.values()):
+        total = sum(keep.numel() for keep in mask.keep.values())
+        expected, got = f"at least {1 / total:.2g}, one of {total:,} weights", f"prune.sparsity {config.sparsity:g}"
+        raise PruningError("the share is too small: no weight would go", expected=expected, got=got)
+    return mask
 
 
 def weight_ladder(

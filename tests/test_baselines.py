@@ -2,12 +2,13 @@
 
 * sparse training adds the gradient of our sparsity loss, and torch-pruning its own, in the first fine-tuning only
 * every row reaches the target, sees the same number of images, loads, and stands in the table; a stopped run resumes
-* torch-pruning keeps what must stay, and says in one line what it cannot prune
+* torch-pruning keeps what must stay and what the recipe says, and says in one line what it cannot prune
 * the unpruned network teaches where a recipe asks for it; a recipe that cannot work is refused when it is loaded
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -200,6 +201,38 @@ def test_torch_pruning_keeps_what_must_stay() -> None:
     assert shapes["layer3.0.conv2.weight"][0] == 32
     assert 0 < shapes["layer3.0.conv1.weight"][0] < 32
     assert smaller(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_torch_pruning_keeps_what_the_recipe_says(sparse: bool) -> None:
+    torch.manual_seed(0)
+    options = {"shortcut": "A", "width": 16}
+    whole, example = gmn.build_network("cifar.resnet8", num_classes=10, options=options), torch.zeros(1, 3, 16, 16)
+    spec, before = gmn.to_graph(whole, example).spec, gmn.cost(whole, example)
+
+    def left(target: float, **ranking: Any) -> list[int]:
+        model, config = copy.deepcopy(whole), Prune(speed_up=target, steps=50, **ranking)
+        prune_with(library_pruner(model, spec, example, config, sparse=sparse), example, target, before)
+        assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+        return [model.get_parameter(f"layer{stage}.0.conv1.weight").shape[0] for stage in (1, 2, 3)]
+
+    free = left(2.5)
+    assert all(count < size / 2 for count, size in zip(free, (16, 32, 64), strict=True))
+    kept = left(1.4, keep=["layer1.0.conv1"])
+    assert kept[0] == 16
+    assert kept[2] < 64
+    assert left(1.4, limits={"layer1.*": 0.0})[0] == 16
+    some = left(1.6, limits={"layer1.0.conv1": 0.25, "layer2.*": 0.2})
+    assert some[0] >= 12 - 3  # a step takes two or three channels
+    assert some[1] >= 26 - 3
+    assert some[2] < 32
+    instead = left(1.3, max_ratio=0.1, limits={"layer3.*": 0.9})
+    assert instead[0] >= 15 - 3
+    assert instead[2] < 40
+    assert all(count % 8 == 0 for count in left(1.8, round_to=8))
+    assert left(1.4, round_to=8, limits={"layer1.*": 0.4}, max_ratio=0.8)[0] == 16  # 10 would have to stay
+    with pytest.raises(PruningError, match=r"the pattern matches no layer.*prune.keep 'layer9"):
+        left(1.4, keep=["layer9.*"])
 
 
 def test_what_torch_pruning_cannot_do_is_one_line() -> None:

@@ -28,6 +28,12 @@ def test_help_has_an_example(command: Command, tmp_path: Path, name: str) -> Non
     assert "Example" in result.stdout
 
 
+def test_help_says_that_curves_are_not_fine_tuned(command: Command, tmp_path: Path) -> None:
+    said = " ".join(command("curve", "--help", cwd=tmp_path).stdout.split())
+    assert "By default nothing is fine-tuned" in said
+    assert "give --finetune-images" in said
+
+
 def test_the_shortened_quickstart(command: Command, tmp_path: Path) -> None:
     overrides = [part for override in TINY for part in ("--set", override)]
     result = command("meta-train", "quickstart", *overrides, "--set", "report.baselines=[direct]", cwd=tmp_path)

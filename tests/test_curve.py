@@ -4,6 +4,7 @@
 * Curves of a run's checkpoints end as JSON and a picture; a checkpoint that is not there is refused.
 * The search finds the last checkpoint above a threshold in as many probes as a binary search needs, and says so when
   there is none. Probes are recorded and not made again.
+* What `select --use` takes makes the run's rows: those of another metanetwork are made again, and no report mixes both.
 * A metanetwork that gets no better for long enough stops learning, also when the run was resumed in between; looks
   are made once.
 """
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,9 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-from gmn import checkpoint_search, curve, pipeline
+from gmn import checkpoint_search, curve, pipeline, report_page
+from gmn import report as reports
+from gmn.checkpoint import load_json, save_json
 from gmn.checkpoint_search import Probe, search
 from gmn.curve import turning_point
 from gmn.curve_cli import curve as draw_curves
@@ -27,7 +31,8 @@ from gmn.curve_cli import select
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.recipe import dump_recipe, load_recipe
-from gmn.run import Run
+from gmn.run import Run, load_report
+from gmn.settings import Recipe
 from gmn.settings_vote import VoteRecipe
 
 LOOKING = [*TINY, "meta_train.epochs=3", "meta_train.eval_every=1", "report.baselines=[]"]
@@ -103,6 +108,57 @@ def test_probes_are_recorded_and_made_once(run: Path, capsys: pytest.CaptureFixt
     assert events(run, "use")[-1]["checkpoint"] == 3
     with pytest.raises(GmnError, match=r"not an accuracy.*91"):
         select(run, min_accuracy=91, finetune_images=0, use=False)
+
+
+def test_rows_are_of_the_metanetwork_that_is_used(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, recipe = tmp_path / "run", load_recipe(run / "recipe.yaml")
+    assert isinstance(recipe, Recipe)
+    shutil.copytree(run, folder)
+    shutil.copy(folder / "checkpoints" / "epoch-001.safetensors", folder / "metanetwork.safetensors")
+    (folder / "report.json").unlink()
+    shutil.rmtree(folder / "models" / "metanetwork-seed0")
+    first = pipeline.meta_train(recipe, folder, resume=True)
+    capsys.readouterr()
+    select(folder, min_accuracy=0.01, finetune_images=32, use=True)  # the third
+    reports.show(load_report(folder), folder)
+    assert "warning: the report is of another metanetwork than the run has now" in capsys.readouterr().err
+    second = pipeline.meta_train(recipe, folder, resume=True)
+    said = capsys.readouterr().err
+    assert "models/metanetwork-seed0: of another metanetwork than the run's; it is made again" in said
+    assert first["metanetwork_sha256"] != second["metanetwork_sha256"]
+    for report in (first, second):
+        assert [result["metanetwork_sha256"] for result in report["results"]] == [report["metanetwork_sha256"]]
+    fresh = tmp_path / "fresh"
+    shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns("report.json", "statistics.json", "metanetwork-seed0"))
+    again = pipeline.meta_train(recipe, fresh, resume=True)
+    assert {**again, "latency": 0} == {**second, "latency": 0}
+    assert load_json(fresh / "statistics.json") == load_json(folder / "statistics.json")
+    reports.show(load_report(folder), folder)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_page_without_the_statistics_of_another_metanetwork(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    title = "What the metanetwork did to the weights"
+    assert title in report_page.write(load_report(folder), folder).read_text()
+    content = load_json(folder / "statistics.json")
+    save_json(folder / "statistics.json", {**content, "metanetwork_sha256": "f" * 64})  # stopped before its report
+    assert title not in report_page.write(load_report(folder), folder).read_text()
+
+
+def test_rows_of_an_older_gmn_are_taken_as_they_are(run: Path, tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "run", load_recipe(run / "recipe.yaml")
+    assert isinstance(recipe, Recipe)
+    shutil.copytree(run, folder)
+    path = folder / "models" / "metanetwork-seed0" / "model.json"
+    save_json(path, {key: value for key, value in load_json(path).items() if key != "metanetwork_sha256"})
+    before = path.read_bytes()
+    shutil.copy(folder / "checkpoints" / "epoch-001.safetensors", folder / "metanetwork.safetensors")
+    pipeline.meta_train(recipe, folder, resume=True)
+    assert path.read_bytes() == before
 
 
 def test_looks_are_made_once_and_kept_for_the_choice(run: Path) -> None:

@@ -209,6 +209,27 @@ def test_without_metanetworks_any_criterion_can_be_compared(tmp_path: Path) -> N
         pipeline.meta_train(loaded("entries.grey.criterion.score=taylor"), tmp_path / "learns")
 
 
+def test_each_network_with_its_own_metanetwork(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    recipe = loaded("columns=own")
+    assert (recipe.metanetworks, recipe.cells) == (["grey", "rgb"], [])
+    assert load_recipe("small.yaml", [*SHORT, "columns=own", "rows=[rgb]"]).used == ["rgb"]  # type: ignore[union-attr]
+    save_text(tmp_path / "run" / "recipe.yaml", dump_recipe(recipe))
+    shutil.copytree(finished[0] / "entries", tmp_path / "run" / "entries")
+    report = pipeline.meta_train(recipe, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "cells").exists()
+    assert report["columns"] == ["own"]
+    for label, network in report["networks"].items():
+        full = finished[1]["networks"][label]
+        assert results(network, "own") == results(full, label)
+        assert {result["row"] for result in network["results"]} == {"own", "direct", "same-schedule"}
+    said = matrix_report.text(report)
+    assert "| network | base | own | direct | none |" in said
+    assert said.count("†") == 3  # in both rows, and what it means
+    assert "own: the metanetwork that learnt with the settings of its row" in said
+    assert "one metanetwork per row" in said
+    assert "each network with its own metanetwork" in matrix_report.write(report, tmp_path / "run").read_text()
+
+
 # -- refused before anything is trained --------------------------------------------------------------------------------
 
 
@@ -288,6 +309,8 @@ def test_what_is_common_replaces_as_in_a_single_recipe() -> None:
         (["entries.direct=quickstart"], "the label 'direct' is the name of another column"),
         (["entries.a/b=quickstart"], "a label is letters, digits, - and _"),
         (["columns=[gray]"], "no entry 'gray', only grey, rgb; did you mean 'grey'?: in --set columns=[gray]"),
+        (["columns=owm"], "bad 'columns': expected a list of entries, own or null; got 'owm': in --set"),
+        (["entries.own=quickstart"], "the label 'own' is the name of another column"),
         (["rows=[grey, grey]"], "the label 'grey' comes twice"),
         (["rows=[]"], "bad value for 'rows': expected at least 1 item"),
         (["columns=[]", "common.report.baselines=[]"], "columns: [] leaves nothing to compare in the row grey"),

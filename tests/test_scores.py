@@ -270,7 +270,7 @@ def test_groups_that_a_criterion_cannot_judge_stay_whole() -> None:
 @pytest.mark.parametrize("normalize", ["max", "mean", "none"])
 def test_rows_of_the_papers_table_are_recipes(reduce: str, normalize: str) -> None:
     slices = [([1.0, 2.0], [4.0, 0.0], [3.0]), ([0.0, 3.0], [0.0, 1.0], [4.0])]
-    for alpha, p in itertools.product((0, 2, 4), (1, 2)):
+    for alpha, p in itertools.product((0, 2, 4, 6), (1, 2)):
         fields = {"reduce": reduce, "normalize": normalize, "alpha": alpha, "p": p}
         recipe = load_recipe("quickstart", [f"criterion.{key}={value}" for key, value in fields.items()])
         assert isinstance(recipe, gmn.recipe.Recipe)

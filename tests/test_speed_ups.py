@@ -334,6 +334,28 @@ def test_metanetworks_that_do_not_work_are_refused(meta: Path, tmp_path: Path, f
     assert not (tmp_path / "run").exists()
 
 
+def test_what_speed_ups_share_is_of_one_metanetwork(
+    several: Path, meta: Path, setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `gmn select --use`, where rows were finished before."""
+    folder, learnt = tmp_path / "several", meta.parent / "other.safetensors"
+    shutil.copytree(several, folder)
+    shutil.copy(learnt, folder / "metanetwork.safetensors")
+    own = recipe(BASELINES, setting, "report.speed_ups=[2.4]")
+    before = {row["row"]: row for row in load_report(folder)["results"]}
+    parts = tables_of(pipeline.prune_recipe(own, folder, learnt, resume=True))
+    said = capsys.readouterr().err
+    for name in ("", "2.4x/", "first/"):
+        assert f"models/{name}metanetwork-seed0: of another metanetwork than the run's; it is made again" in said
+    assert said.count("of another metanetwork") == 3  # further rows and baselines stay
+    for part in parts:
+        rows = {row["row"]: row for row in part["results"]}
+        assert rows["metanetwork"]["stages"] == rows["paper's gradient"]["stages"]  # the same one by now
+    now = {row["row"]: row for row in parts[0]["results"]}
+    assert now["metanetwork"]["metanetwork_sha256"] != before["metanetwork"]["metanetwork_sha256"]
+    assert {row for row in now if now[row] != before[row]} == {"metanetwork"}
+
+
 def test_a_metanetwork_is_not_overwritten(several: Path, meta: Path, tmp_path: Path) -> None:
     folder = tmp_path / "several"
     shutil.copytree(several, folder)

@@ -65,6 +65,21 @@ def test_limits_and_local_rankings_by_hand() -> None:
     assert [int(keep.sum()) for keep in unstructured({"a": torch.ones(1), "b": torch.ones(3)}, 0.5).values()] == [1, 1]
 
 
+def test_a_share_of_less_than_a_weight_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)), torch.zeros(1, 4)
+    with pytest.raises(
+        PruningError, match=r"no weight would go: expected at least 0\.019, one of 54 weights; got .*0\.009"
+    ):
+        gmn.prune(model, x, pattern="unstructured", sparsity=0.009)
+    masked = gmn.prune(model, x, pattern="unstructured", sparsity=0.019)
+    assert gmn.cost(masked.model, x).parameters == 65
+    assert sum(int((~keep).sum()) for keep in masked.mask.keep.values()) == 1  # type: ignore[union-attr]
+    spec, config = gmn.to_graph(model, x).spec, Prune(pattern="unstructured")
+    ladder = list(weight_ladder(model, spec, config, points=2000))  # of a curve's points some may be alike
+    assert len(ladder) == 2000
+    assert all(bool(keep.all()) for keep in ladder[0].keep.values())
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0.01, 0.5), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_no_weight_that_stays_is_smaller_than_one_that_goes(sizes: list[int], share: float, seed: int) -> None:
@@ -303,6 +318,37 @@ def test_each_layer_is_handed_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(converted.get_parameter("0.weight"), 2 * pruned.get_parameter("0.weight"))
     assert torch.equal(converted.get_parameter("2.weight"), pruned.get_parameter("2.weight"))
     assert not converted.training
+
+
+class Every(nn.Module):
+    """A layer of every kind that may stay dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return self.head(self.mlp(tokens + self.attention(tokens, tokens, tokens)[0]).mean(1))
+
+
+def test_what_is_compressed_and_what_stays_dense_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gmn import sparse_format as module
+
+    pruned = gmn.prune(Every(), torch.zeros(1, 4, 4, 4), pattern="2:4").model
+    monkeypatch.setattr(module, "_refuse_hardware", lambda _: None)
+    monkeypatch.setattr(module, "to_sparse_semi_structured", lambda weight: 2 * weight)
+    capsys.readouterr()
+    gmn.semi_structured(pruned, keep=["head"])
+    dense = "conv (convolution); attention (nn.MultiheadAttention); head (keep='head')"
+    assert capsys.readouterr().err == f"semi-structured: mlp; dense: {dense}\n"
+    gmn.semi_structured(nn.Sequential(pruned.get_submodule("mlp")))
+    assert capsys.readouterr().err == "semi-structured: 0; dense: no layer\n"
 
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
