@@ -18,7 +18,7 @@ from gmn.engine import HERE, Engine
 from gmn.errors import CheckpointError, DataError, GmnError
 from gmn.job import Job, choose_device
 from gmn.names import nearest
-from gmn.neighbours import Ranking, ranking
+from gmn.neighbours import Ranking, electorate, ranking
 from gmn.progress import say
 from gmn.ranking import refuse_whole
 from gmn.reptile import reptile
@@ -151,6 +151,11 @@ class VoteJob(Job):
             failed = next(iter(self.zoo.tasks(status="failed")), None)
             got = f"{done} done" + (f"; {failed.name}: {failed.error}" if failed else "")
             raise GmnError("too few tasks to vote", expected=f"{self.recipe.vote.neighbours}", got=got)
+
+    @cached_property
+    def electorate(self) -> str:
+        """Which tasks the votes of this job are among, once the zoo is built."""
+        return electorate(self.zoo)
 
     def ranking(self, task: Task, similarity: str) -> Ranking:
         """The zoo's tasks, the nearest to a target first; found once."""
