@@ -78,7 +78,8 @@ class Voters:
             neighbours: How many tasks vote.
         """
         data = data.to(next(self.backbone.model.parameters()).device)
-        names = ranking(self.backbone, self.zoo, data, similarity_by_name(similarity)).nearest(neighbours)
+        found = ranking(self.backbone, self.zoo, data, similarity_by_name(similarity), parents=data.parents)
+        names = found.nearest(neighbours)
         options = {"ratio": float(self.zoo.about["ratio"]), "seed": seed, "augment": augment}
         return vote_for(self.backbone, self.zoo, names, data, finetune, **options)[0]
 
