@@ -29,11 +29,14 @@ from zoo_tasks import change
 
 import gmn
 from gmn import pipeline, trials, vote_compare, zoo_build, zoo_claims
+from gmn.api import Voters
+from gmn.checkpoint import load_json
 from gmn.recipe import load_recipe
 from gmn.run import load_report
 from gmn.settings_vote import VoteRecipe
 from gmn.tasks import task_data
 from gmn.zoo import Zoo
+from gmn.zoo_task import WEIGHTS
 
 here = test_cli.here
 Finished = tuple[Path, dict[str, Any]]
@@ -317,6 +320,22 @@ def test_a_task_that_failed_votes_in_the_resumed_run(
     assert {trial.row for trial in again} == {"vote"}
     same_zoo(folder, vote_run[0])
     same_results(report, vote_run[1])
+
+
+def test_a_zoo_knows_the_weights_of_its_network(run: Path, vote_run: Finished, tiny_vote_recipe: VoteRecipe) -> None:
+    """One of an older gmn does not, and is gone on with."""
+    other = shutil.copytree(run, run.parent / "other")
+    model, about = gmn.load_model(other / "zoo" / "network"), load_json(other / "zoo" / "network" / "model.json")
+    next(model.parameters()).data += 1e-3
+    gmn.save_model(other / "zoo" / "network", model, about["network"], input_shape=about["input_shape"])
+    with pytest.raises(gmn.GmnError, match="networks of one structure, with other weights"):
+        gmn.load(other)
+    with pytest.raises(gmn.GmnError, match="networks of one structure, with other weights"):
+        pipeline.meta_train(tiny_vote_recipe, other, resume=True)
+    change(Zoo.open(run / "zoo"), f"DELETE FROM about WHERE key = '{WEIGHTS}'")
+    assert pipeline.meta_train(tiny_vote_recipe, run, resume=True) == vote_run[1]
+    assert Zoo.open(run / "zoo").verify() == []
+    assert isinstance(gmn.load(run), Voters)
 
 
 @pytest.fixture
