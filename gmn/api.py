@@ -27,11 +27,13 @@ from gmn.reconstruct import mend
 from gmn.run import METANETWORK_FILE
 from gmn.settings import Criterion, Fit, Prune, Ranking
 from gmn.similarity import similarity_by_name
+from gmn.state_dict import checksum
 from gmn.training import evaluate, fit
 from gmn.vote_prune import vote_for
 from gmn.weight_masks import WeightMask, parameters_left
 from gmn.weight_ranking import prune_by_pattern
 from gmn.zoo import Zoo
+from gmn.zoo_task import WEIGHTS, check_same
 
 NETWORK = "network"
 """Folder beside the tasks of a zoo."""
@@ -76,7 +78,8 @@ class Voters:
             neighbours: How many tasks vote.
         """
         data = data.to(next(self.backbone.model.parameters()).device)
-        names = ranking(self.backbone, self.zoo, data, similarity_by_name(similarity)).nearest(neighbours)
+        found = ranking(self.backbone, self.zoo, data, similarity_by_name(similarity), parents=data.parents)
+        names = found.nearest(neighbours)
         options = {"ratio": float(self.zoo.about["ratio"]), "seed": seed, "augment": augment}
         return vote_for(self.backbone, self.zoo, names, data, finetune, **options)[0]
 
@@ -108,6 +111,20 @@ def load_voters(folder: Path) -> Voters:
         raise CheckpointError("the network does not say the size of its input", where=str(path))
     backbone = Backbone.of(model, torch.zeros(1, *size), only_inside=zoo.about.get("pruner") == "heads")
     return Voters(Zoo.open(folder, backbone.about()), backbone)
+
+
+def zoo_of(backbone: Backbone, folder: Path) -> Zoo:
+    """The zoo in a folder, whose tasks are cut from this very network; GmnError if they are from another one.
+
+    Other weights in the same structure are another network: its channels mean something else. A zoo of an older gmn
+    does not say which weights; then the network kept beside it does.
+    """
+    own = backbone.about()
+    zoo = Zoo.open(folder, own)
+    if WEIGHTS not in zoo.about and (folder / NETWORK / "model.json").is_file():
+        beside = checksum(load_network(folder).state_dict())
+        check_same("the zoo is about something else", {WEIGHTS: own[WEIGHTS]}, {WEIGHTS: beside}, folder)
+    return zoo
 
 
 def load_network(zoo: Path) -> nn.Module:

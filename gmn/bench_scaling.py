@@ -1,8 +1,8 @@
 """What grows with what: a step of meta-training over processes, and a zoo over tasks.
 
 step    the big batch stays the same, each process reads its share of it (strong scaling)
-zoo     synthetic tasks: random sub-networks with the sizes of pruned ones; what they take on the disk, and how long
-        the search for a target's neighbours is, from the files
+zoo     synthetic tasks: random sub-networks with the sizes of pruned ones; what they take on the disk, how long one is
+        to plan, to claim and to add, and the search for a target's neighbours, from the files
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,16 @@ from gmn.names import refuse_unknown
 from gmn.progress import track
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gmn.data import Data
+    from gmn.zoo import Zoo
+
+    Tensors = dict[str, Tensor]
+    Pruned = tuple[Tensor, Tensors]
 
 SIMILARITIES = ("shared_classes", "prototypes", "leep")
+STEPS = ("plan", "claim", "add")
 RATIO, TARGET_IMAGES = 0.9, 500
 
 
@@ -51,12 +58,16 @@ class Step:
 
 @dataclass(frozen=True)
 class ZooSize:
-    """A zoo of so many tasks: bytes of all files, of them the index; seconds to add one, and of a search over all."""
+    """A zoo of so many tasks: bytes of all files, of them the index; seconds to plan, claim and add one, all of them
+    planned at first; and of a search over all.
+    """
 
     tasks: int
     network: str
     bytes: int
     index_bytes: int
+    plan: float
+    claim: float
     add: float
     shared_classes: float
     prototypes: float
@@ -125,7 +136,7 @@ def _work(network: str, images: int, rounds: int) -> None:
 
 
 def bench_zoo(network: str, tasks: Sequence[int]) -> list[ZooSize]:
-    """Build zoos of random sub-networks and search them, on random images of the network's size.
+    """Build zoos of random sub-networks as a run builds them, and search them, on random images of the network's size.
 
     Raises:
         GmnError: if the network is unknown.
@@ -145,7 +156,7 @@ def _zoo(network: str, count: int) -> ZooSize:
     from gmn.surgery import remove
     from gmn.tasks import task_data, with_layer
     from gmn.vote import draw
-    from gmn.zoo import Task, Zoo
+    from gmn.zoo import Zoo
 
     torch.manual_seed(0)
     own, generator = SUBJECTS[network], torch.Generator().manual_seed(0)
@@ -160,22 +171,39 @@ def _zoo(network: str, count: int) -> ZooSize:
         return keep, dict(with_layer(smaller, backbone.head, 5, seed=0).state_dict())
 
     means = prototypes(backbone, task_data(data, tuple(range(5))), per_class=1)
-    networks, classes = itertools.cycle([pruned() for _ in range(4)]), itertools.combinations(range(10), 5)
-    with tempfile.TemporaryDirectory() as folder, track(f"a zoo of {count:,} tasks", count) as advance:
-        zoo, begin = Zoo.create(folder, backbone.about(ratio=RATIO)), time.perf_counter()
-        for number, (keep, weights), chosen in zip(range(count), networks, itertools.cycle(classes), strict=False):
-            names = tuple(data.class_names[index] for index in chosen)
-            task = Task(f"task-{number}", chosen, names, metrics={"accuracy": 0.5})
-            zoo.add(task, keep, weights, {"prototypes": means})
-            advance("")
-        added, target, searched = time.perf_counter() - begin, task_data(data, tuple(range(5))), dict[str, float]()
+    with tempfile.TemporaryDirectory() as folder:
+        zoo = Zoo.create(folder, backbone.about(ratio=RATIO))
+        taken = _fill(zoo, count, data.class_names, [pruned() for _ in range(4)], {"prototypes": means})
+        target, searched = task_data(data, tuple(range(5))), dict[str, float]()
         for name in SIMILARITIES:
             start = time.perf_counter()
             ranking(backbone, zoo, target, similarity_by_name(name), images=TARGET_IMAGES)
             searched[name] = time.perf_counter() - start
         sizes = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
         index = sum(size for path, size in sizes.items() if path.name.startswith("index"))
-    return ZooSize(count, network, sum(sizes.values()), index, added / count, **searched)
+    return ZooSize(count, network, sum(sizes.values()), index, **taken, **searched)
+
+
+def _fill(zoo: Zoo, count: int, names: Sequence[str], networks: Sequence[Pruned], extra: Tensors) -> dict[str, float]:
+    """Plan so many tasks, then claim and add one after the other; seconds a task of each, of one process."""
+    from gmn.zoo import Task
+
+    combinations = zip(range(count), itertools.cycle(itertools.combinations(range(10), 5)), strict=False)
+    plans = [Task(f"task-{number}", own, tuple(names[index] for index in own)) for number, own in combinations]
+    start = time.perf_counter()
+    zoo.plan(plans)
+    taken = {"plan": time.perf_counter() - start, "claim": 0.0, "add": 0.0}
+    with track(f"a zoo of {count:,} tasks", count) as advance:
+        for keep, weights in itertools.islice(itertools.cycle(networks), count):
+            start = time.perf_counter()
+            task = zoo.claim("bench")
+            claimed = time.perf_counter()
+            assert task is not None  # so many were planned, and nobody else is here
+            zoo.add(replace(task, metrics={"accuracy": 0.5}), keep, weights, extra)
+            taken["claim"] += claimed - start
+            taken["add"] += time.perf_counter() - claimed
+            advance("")
+    return {name: seconds / count for name, seconds in taken.items()}
 
 
 def _random_images(pixels: int) -> Data:
@@ -209,12 +237,14 @@ def show(steps: Sequence[Step], zoos: Sequence[ZooSize], path: Path | None, cons
         table = Table(
             title=f"A zoo of {zoos[0].network}, {RATIO:.0%} pruned", caption="ms of the search: for each task"
         )
-        for name in ("tasks", "MB", "kB a task", "index kB", "ms to add", *(f"ms {name}" for name in SIMILARITIES)):
+        steps_of_one = [f"ms to {name}" for name in STEPS]
+        for name in ("tasks", "MB", "kB a task", "index kB", *steps_of_one, *(f"ms {name}" for name in SIMILARITIES)):
             table.add_column(name, justify="right")
         for row in zoos:
+            own = [f"{1000 * asdict(row)[name]:.2f}" for name in STEPS]
             each = [f"{1000 * asdict(row)[name] / row.tasks:.2f}" for name in SIMILARITIES]
             sizes = f"{row.bytes / 1e6:.1f}", f"{row.bytes / row.tasks / 1e3:.0f}", f"{row.index_bytes / 1e3:.0f}"
-            table.add_row(f"{row.tasks:,}", *sizes, f"{1000 * row.add:.1f}", *each)
+            table.add_row(f"{row.tasks:,}", *sizes, *own, *each)
         console.print(table)
     if path is not None:
         save_json(path, {"steps": [asdict(row) for row in steps], "zoos": [asdict(row) for row in zoos]})

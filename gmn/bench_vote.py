@@ -1,4 +1,8 @@
-"""What the vote itself costs: the search for neighbours, the draw, and the averages, on synthetic masks."""
+"""What the vote itself costs: the search for neighbours by prototypes, the draw, and the averages, on synthetic masks.
+
+The target's prototypes are at hand, and the zoo is in memory. The search by LEEP, which the built-in recipes use, runs
+the network of every task on the target's images and costs far more: `gmn bench scaling` measures that.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from gmn.vote_prune import Backbone
 
 @dataclass(frozen=True)
 class VoteCost:
-    """Median seconds of each part, for one target task."""
+    """Median seconds of each part, for one target task; the search is that by prototypes."""
 
     tasks: int
     nodes: int
@@ -85,11 +89,13 @@ def _cut(backbone: Backbone, keep: Tensor) -> dict[str, Tensor]:
 
 def show(found: VoteCost) -> None:
     """Print the parts as a table."""
-    table = Table(title=f"a vote of {found.neighbours} among {found.tasks:,} tasks, {found.nodes:,} nodes")
+    title = f"a vote of {found.neighbours} among {found.tasks:,} tasks in memory, {found.nodes:,} nodes"
+    caption = "search: by prototypes, those of the target at hand; LEEP runs every task's network: gmn bench scaling"
+    table = Table(title=title, caption=caption)
     table.add_column("part")
     table.add_column("seconds", justify="right")
     for part in ("search", "vote", "average", "total"):
-        table.add_row(part, f"{getattr(found, part):.3f}")
+        table.add_row("search by prototypes" if part == "search" else part, f"{getattr(found, part):.3f}")
     Console().print(table)
 
 

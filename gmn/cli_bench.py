@@ -39,7 +39,7 @@ def bench_vote(
     tasks: Annotated[int, typer.Option("--tasks", min=1, help="Size of the zoo.")] = 1000,
     neighbours: Annotated[int, typer.Option("--neighbours", min=1, help="How many vote.")] = 10,
 ) -> None:
-    """Time the vote itself on synthetic masks: search, draw, averages."""
+    """Time the vote itself on synthetic masks: search by prototypes, draw, averages. For LEEP see bench scaling."""
     from gmn import bench_vote as bench
 
     bench.show(bench.vote_cost(network, tasks, neighbours))

@@ -130,7 +130,7 @@ def _statistics(job: MetaJob, start: nn.Module, metanetwork: MetaNetwork, layout
     """The weights of every layer before and after the metanetwork."""
     found: dict[str, Any] = {}
     for side, model in {"before": start, "after": job.rewrite(start, metanetwork, layout)}.items():
-        gradients = loss_gradients(model, job.data.train)
+        gradients = loss_gradients(model, job.data.train, seed=job.recipe.seed)
         found[side] = [asdict(layer) for layer in statistics_of(job.graph(model).spec, model.state_dict(), gradients)]
     return found
 

@@ -30,7 +30,7 @@ from gmn.settings_vote import FilterPruning
 from gmn.surgery import remove, settled
 from gmn.tasks import head_of
 from gmn.trace import clone, evaluation
-from gmn.training import fit
+from gmn.training import fit, generator
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def _scores(model: nn.Module, spec: GraphSpec, coupled: Couplings, split: Split,
         importance = Importance(spec, coupled, Criterion(score="taylor"))
         gradients = loss_gradients(model, split, config.score_images, batch_size=config.batch_size)
         return importance.raw(dict(model.state_dict()), gradients).cpu()
-    images = split.batches(config.batch_size, limit=min(config.score_images, len(split)))
+    limit = min(config.score_images, len(split))
+    images = split.batches(config.batch_size, generator=generator(0, 0), limit=limit)  # those that gradients are of
     return _activation(model, spec, coupled, [batch for batch, _ in images])
 
 

@@ -15,22 +15,21 @@ from gmn.training import generator
 
 
 def loss_gradients(
-    model: nn.Module, split: Split, images: int = 1000, *, seed: int | None = None, batch_size: int = 128
+    model: nn.Module, split: Split, images: int = 1000, *, seed: int = 0, batch_size: int = 128
 ) -> dict[str, Tensor]:
     """dL/dw of the mean cross-entropy over some images, by parameter, in eval mode; frozen parameters too.
 
     Args:
         model: The network; it is not changed.
         split: Images with labels.
-        images: How many.
-        seed: Of the choice of the images; None: the first ones.
+        images: How many, drawn at random: files are often sorted by class.
+        seed: Of the draw.
         batch_size: Images at a time.
     """
     leaves = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     count = min(images, len(split))
-    order = None if seed is None else generator(seed, 0)
     with evaluation(model):
-        for inputs, labels in split.batches(batch_size, generator=order, limit=count):
+        for inputs, labels in split.batches(batch_size, generator=generator(seed, 0), limit=count):
             loss = F.cross_entropy(functional_call(model, leaves, (inputs,)), labels, reduction="sum") / count
             loss.backward()
     return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}

@@ -43,10 +43,39 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         CheckpointError: if the file has more than 100 MB.
     """
-    if not path.is_file():
-        return
-    refuse_large(path)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    if path.is_file():
+        refuse_large(path)
+        yield from _entries(path.read_bytes())
+
+
+class Tail:
+    """What was added to a file of lines since the last look; other processes may append to it too.
+
+    Args:
+        path: The file; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._read = path, 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The entries since the last call; of a line without an end, which may yet grow, again at the next.
+
+        Raises:
+            CheckpointError: if the file has more than 100 MB.
+        """
+        if not self.path.is_file():
+            return
+        refuse_large(self.path)
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            content = file.read()
+        self._read += content.rfind(b"\n") + 1
+        yield from _entries(content)
+
+
+def _entries(content: bytes) -> Iterator[dict[str, Any]]:
+    for line in content.decode("utf-8", "replace").splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

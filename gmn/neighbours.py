@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from gmn.errors import CheckpointError, GmnError
 from gmn.measures import groups_of_five
 from gmn.progress import say
 from gmn.similarity import Similarity, TaskView, rank
+from gmn.state_dict import checksum
 from gmn.zoo import Task, Zoo
 
 
@@ -77,6 +79,18 @@ def ranking(
             say(f"skipped {task.name}: {error}")
     names = sorted(scores, key=lambda name: -scores[name])  # stable: of equal scores the earlier task first
     return Ranking(tuple(names), tuple(scores[name] for name in names), search.flops)
+
+
+def electorate(zoo: Zoo) -> str:
+    """A digest of the tasks that can vote, of what was planned and found, not of when; damaged ones cannot.
+
+    Every file is read, as every search for neighbours reads them.
+    """
+    digest = hashlib.sha256()
+    for task, mask, weights in zoo.load_all([task.name for task in zoo.tasks(split="zoo")]):
+        about = [task.name, task.classes, task.class_names, task.seed]
+        digest.update(checksum({**weights, "": mask.keep}, about).encode())
+    return digest.hexdigest()[:16]
 
 
 class _Search:

@@ -145,12 +145,12 @@ def _prune_with_votes(recipe: VoteRecipe, run: Run, zoo: Path, engine: Engine) -
     own = recipe.network.model_dump(include={"name", "options"})
     if stated := Zoo.open(zoo).about.get("network"):
         check_same("the zoo is of another network than the recipe's", own, stated, zoo)
+    found = None if run.replaces else voters(run.folder)
+    if found is not None and found[1] != digest(zoo):
+        raise RecipeError("cannot resume with another zoo", got=str(zoo), hint="start anew with --overwrite")
     job = VoteJob(recipe, run, zoo, engine)
-    found = voters(run.folder)
     if found is None:
         save_json(run.folder / VOTERS, {"zoo": str(zoo), "network_sha256": digest(zoo)})
-    elif found[1] != digest(zoo):
-        raise RecipeError("cannot resume with another zoo", got=str(zoo), hint="start anew with --overwrite")
     return compare_votes(job)
 
 

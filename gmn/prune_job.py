@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmn.api import zoo_path
+from gmn.api import zoo_of, zoo_path
 from gmn.backbone import Backbone
 from gmn.builder import Layout
 from gmn.checkpoint import load_checked, save_json
@@ -34,7 +34,6 @@ from gmn.training import evaluate
 from gmn.vote import prior
 from gmn.weight_masks import WeightMask, parameters_left
 from gmn.weight_ranking import Prunable, prune_by_pattern, weight_ladder
-from gmn.zoo import Zoo
 
 
 class PruneJob(Job):
@@ -166,7 +165,7 @@ class PruneJob(Job):
         if folder is None:
             raise GmnError("no zoo to vote", expected="a zoo, or a run folder with one", got=str(settings.votes))
         backbone = Backbone.of(self.built(0), self.example)
-        zoo = Zoo.open(folder, backbone.about())
+        zoo = zoo_of(backbone, folder)
         return prior(zoo.masks([task.name for task in zoo.tasks(split="zoo")]), backbone.coupled, settings.votes_weight)
 
     def library_pruner(self, model: nn.Module, *, sparse: bool = False) -> Pruner:

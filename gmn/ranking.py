@@ -203,6 +203,16 @@ def refuse_whole(coupled: Couplings) -> None:
         raise nothing_to_prune(coupled)
 
 
+def refuse_nothing(coupled: Couplings, ratio: float) -> None:
+    """Raise PruningError if no layer is so large that this share of its channels is one; see `Couplings.left_after`."""
+    sizes = torch.bincount(coupled.group)
+    own = torch.isin(torch.arange(len(sizes)), coupled.group[coupled.prunable])
+    if not bool((coupled.left_after(ratio) < sizes)[own].any()):
+        largest = max(2, int(sizes[own].max()))  # the only channel of a layer stays
+        expected = f"a ratio of {1 / largest:.2g} or more: one of {largest} channels of the largest layer"
+        raise PruningError("nothing would be pruned", expected=expected, got=f"{ratio:g}")
+
+
 def nothing_to_prune(coupled: Couplings) -> PruningError:
     """The error that every channel must stay, with the reasons."""
     return PruningError("nothing can be pruned", hint=f"all channels must stay: {_whole(coupled)}")

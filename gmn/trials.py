@@ -49,6 +49,7 @@ class Trial:
         neighbours: How many tasks vote; 0 where none do.
         similarity: How they are found.
         group: Which fifth of the similarities they are from, 1 the nearest; 0: the nearest of all.
+        zoo: Which tasks they were chosen among, see `gmn.neighbours.electorate`; empty where none vote.
     """
 
     row: str
@@ -58,6 +59,7 @@ class Trial:
     neighbours: int = 0
     similarity: str = ""
     group: int = 0
+    zoo: str = ""
 
 
 Training = Callable[[nn.Module, Data, int], tuple[nn.Module, float]]
@@ -97,7 +99,7 @@ def plan(job: VoteJob, row: str, target: Task, seed: int, **more: Any) -> Trial:
     trial = Trial(row, target.name, seed, more.pop("iterations", steps))
     if row in ("vote", "nearest"):
         own = {"neighbours": recipe.vote.neighbours if row == "vote" else 1, "similarity": recipe.similarity.name}
-        trial = dataclasses.replace(trial, **{**own, **more})
+        trial = dataclasses.replace(trial, **{**own, **more}, zoo=job.electorate)
     return trial
 
 

@@ -15,7 +15,7 @@ from gmn.checkpoint import save_json, save_model
 from gmn.errors import GmnError
 from gmn.filter_pruning import Shrunk
 from gmn.job import choose_device
-from gmn.jsonl import append_line, checked, read_lines
+from gmn.jsonl import Tail, append_line, checked
 from gmn.progress import say, track
 from gmn.spread import spread
 from gmn.trials import Begun, Finished, Trial, begin, finish, plan
@@ -64,9 +64,10 @@ def measured(job: VoteJob, wanted: Sequence[Trial], title: str) -> list[Result]:
         GmnError: the first of a trial, when all others are done.
     """
     path, failed, remote = job.run.folder / "results.jsonl", list[GmnError](), job.engine.remote
+    results = _Results(path)
     data, device = (job.data.to(CPU), partial(choose_device, job.recipe.device)) if remote else (job.data, None)
     with track(title, len(wanted)) as advance:
-        for begun, found in job.engine.map(partial(finish, data, device), _missing(job, path, wanted, advance)):
+        for begun, found in job.engine.map(partial(finish, data, device), _missing(job, results, wanted, advance)):
             if isinstance(found, GmnError):
                 say(f"{_name(begun.trial)}: {found}")
                 failed.append(found)
@@ -77,18 +78,24 @@ def measured(job: VoteJob, wanted: Sequence[Trial], title: str) -> list[Result]:
             advance(_said(begun.trial, found.result))
     if failed:
         raise failed[0]
-    results = _known(path)
-    return [results[_key(dataclasses.asdict(trial))] for trial in wanted]
+    results.look()
+    return [results.known[_key(dataclasses.asdict(trial))] for trial in wanted]
 
 
-def _missing(job: VoteJob, path: Path, wanted: Iterable[Trial], advance: Callable[[str], object]) -> Iterator[Begun]:
-    """The trials that nobody has finished, begun when there is room for them.
+def _missing(
+    job: VoteJob, results: _Results, wanted: Iterable[Trial], advance: Callable[[str], object]
+) -> Iterator[Begun]:
+    """The trials that nobody has finished with this zoo, begun when there is room for them.
 
-    The file is read before every trial: another process may have finished it, working from the other end.
+    Before every trial what was added to the file is read: another process may have finished it, working from the other
+    end.
     """
     for trial in wanted:
-        result = _known(path).get(_key(dataclasses.asdict(trial)))
+        results.look()
+        result = results.known.get(_key(dataclasses.asdict(trial)))
         if result is None:
+            if results.has_with_another_zoo(trial):
+                say(f"{_name(trial)}, seed {trial.seed}: made again, since other tasks can vote now")
             begun = begin(job, trial)
             yield dataclasses.replace(begun, model=begun.model.to(CPU)) if job.engine.remote else begun
         else:
@@ -103,10 +110,29 @@ def _said(trial: Trial, result: Result) -> str:
     return f"{_name(trial)}: {result['validation_accuracy']:.1%}"
 
 
-def _known(path: Path) -> dict[tuple[Any, ...], Result]:
-    """The finished trials; CheckpointError if a line has their names but is not what gmn would have written."""
-    found = (checked(line, TYPES, path) for line in read_lines(path) if line.keys() >= TRIAL.keys())
-    return {_key(result): result for result in found}
+class _Results:
+    """The finished trials of a file, by what decides them.
+
+    Attributes:
+        known: As of the last look.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.known: dict[tuple[Any, ...], Result] = {}
+        self._path, self._tail, self._zoos = path, Tail(path), dict[tuple[Any, ...], set[str]]()
+
+    def look(self) -> None:
+        """Read what was added; CheckpointError if a line has a trial's names but is not what gmn would have written."""
+        for line in self._tail.new():
+            if (result := {"zoo": "", **line}).keys() >= TRIAL.keys():  # an older gmn did not say with which zoo
+                checked(result, TYPES, self._path)
+                self.known[_key(result)] = result
+                self._zoos.setdefault(_key({**result, "zoo": ""}), set()).add(result["zoo"])
+
+    def has_with_another_zoo(self, trial: Trial) -> bool:
+        """Whether the trial was made, but when other tasks could vote."""
+        zoos = self._zoos.get(_key({**dataclasses.asdict(trial), "zoo": ""}), set())
+        return bool(zoos - {trial.zoo})
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -18,9 +18,9 @@ from gmn.engine import HERE, Engine
 from gmn.errors import CheckpointError, DataError, GmnError
 from gmn.job import Job, choose_device
 from gmn.names import nearest
-from gmn.neighbours import Ranking, ranking
+from gmn.neighbours import Ranking, electorate, ranking
 from gmn.progress import say
-from gmn.ranking import refuse_whole
+from gmn.ranking import refuse_nothing, refuse_whole
 from gmn.reptile import reptile
 from gmn.run import Run
 from gmn.settings_vote import VoteRecipe
@@ -31,7 +31,7 @@ from gmn.zoo import Task, Zoo
 from gmn.zoo_build import build_zoo, pruner
 from gmn.zoo_task import to_text
 
-REPTILE = "reptile"  # folder beside the tasks of a zoo
+REPTILE = "reptile"  # a baseline, and the folder of its network beside the tasks of a zoo
 
 
 class VoteJob(Job):
@@ -58,9 +58,12 @@ class VoteJob(Job):
         similarity_by_name(self.recipe.similarity.name, **self.recipe.similarity.options)
         backbone = self.backbone if self.foreign else self._backbone(self.rewritten(self.built(0)))
         refuse_whole(backbone.coupled)
+        refuse_nothing(backbone.coupled, self.recipe.ratio)
         backbone.with_head(len(self.tasks[-1].classes), seed=0)
         if self.foreign:
             _ = self.zoo  # its tasks are cut from this network
+            if REPTILE in self.recipe.report.baselines:
+                _ = self.reptile_network
 
     # -- the network -------------------------------------------------------------------------------------------------
 
@@ -152,6 +155,11 @@ class VoteJob(Job):
             got = f"{done} done" + (f"; {failed.name}: {failed.error}" if failed else "")
             raise GmnError("too few tasks to vote", expected=f"{self.recipe.vote.neighbours}", got=got)
 
+    @cached_property
+    def electorate(self) -> str:
+        """Which tasks the votes of this job are among, once the zoo is built."""
+        return electorate(self.zoo)
+
     def ranking(self, task: Task, similarity: str) -> Ranking:
         """The zoo's tasks, the nearest to a target first; found once."""
         key = task.name, similarity
@@ -174,8 +182,9 @@ class VoteJob(Job):
         folder = self.folder / REPTILE
         if not is_saved(folder):
             if self.foreign:
-                expected = "a run of gmn meta-train with that baseline"
-                raise CheckpointError("the zoo has no reptile network", expected=expected, where=str(self.folder))
+                expected, hint = "a run of gmn meta-train with that baseline", "leave reptile out of report.baselines"
+                got = str(self.folder)
+                raise CheckpointError("the zoo has no reptile network", expected=expected, got=got, hint=hint)
             self.keep(f"zoo/{REPTILE}", self._learn_reptile)
         return load_model(folder).to(self.device)
 

@@ -26,6 +26,7 @@ from gmn.training import evaluate
 from gmn.zoo import Stored, Task, Zoo
 
 WAIT = 0.5  # seconds between two looks at what other processes do
+COUNT = 5.0  # seconds between two counts of what is left to do: in a large zoo each takes milliseconds
 STALE = 3600.0  # seconds after which a task is taken from a process of another machine, which may be dead
 
 CPU = torch.device("cpu")
@@ -75,15 +76,17 @@ def build_zoo(
         engine: Who prunes. This process claims the tasks, also for workers elsewhere, and alone writes to the zoo.
         device: Says in a worker elsewhere where the network is to be; default: the CPU.
     """
-    done, waiting, told = 0, zoo.counts()["planned"], False
+    done, waiting, counted, told = 0, zoo.counts()["planned"], time.monotonic(), False
     if engine.remote:
         backbone, data = backbone.to(CPU), data.to(CPU)
     work = partial(prune_for, backbone, data, zoo.identity, prune, device if engine.remote else None)
     with track("pruning tasks for the zoo", waiting) as advance:
         while True:
             for task in _built(zoo, engine, work, worker):
-                done, before, waiting = done + 1, waiting, zoo.counts()["planned"]
-                advance(f"{task.name}: {task.metrics['accuracy']:.1%}", before - waiting)  # others work on it too
+                done, before, waiting = done + 1, waiting, waiting - 1
+                if time.monotonic() - counted > COUNT:  # others work on it too
+                    waiting, counted = zoo.counts()["planned"], time.monotonic()
+                advance(f"{task.name}: {task.metrics['accuracy']:.1%}", before - waiting)
             others = zoo.tasks(status="planned")
             if not others:
                 return done

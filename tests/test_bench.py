@@ -22,11 +22,11 @@ import pytest
 import torch
 from torch import nn
 
-from gmn import bench, bench_checks, bench_report, cli, suites
+from gmn import bench, bench_checks, bench_report, cli, jsonl, suites
 from gmn.bench import Limits, Row
 from gmn.convert import to_graph
 from gmn.errors import GmnError, NetworkError
-from gmn.jsonl import append_line, read_lines
+from gmn.jsonl import Tail, append_line, read_lines
 from gmn.networks import build_network
 from gmn.suites import LIMIT, SUITES, TIMM, TIMM_OPTIONS, TIMM_VERSION, Entry, Input
 
@@ -334,3 +334,24 @@ def test_torn_lines_are_closed_before_the_next(tmp_path: Path) -> None:
     append_line(path, {"c": 3})
     assert list(read_lines(path)) == [{"a": 1}, {"c": 3}]
     assert list(read_lines(tmp_path / "none")) == []
+
+
+def test_only_what_was_added_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of another process may be there in part; one that a killed process left stays torn."""
+    path = tmp_path / "lines.jsonl"
+    tail, read, entries = Tail(path), list[bytes](), jsonl._entries
+    monkeypatch.setattr(jsonl, "_entries", lambda content: read.append(content) or entries(content))
+    assert list(tail.new()) == []
+    append_line(path, {"a": 1})
+    append_line(path, {"b": 2})
+    assert list(tail.new()) == [{"a": 1}, {"b": 2}]
+    with path.open("a") as file:
+        file.write('{"c"')
+    assert list(tail.new()) == []
+    with path.open("a") as file:
+        file.write(': 3}\n{"d')
+    assert list(tail.new()) == [{"c": 3}]
+    append_line(path, {"e": 5})
+    assert list(tail.new()) == [{"e": 5}]
+    assert list(tail.new()) == []
+    assert read == [b'{"a": 1}\n{"b": 2}\n', b'{"c"', b'{"c": 3}\n{"d', b'{"d\n{"e": 5}\n', b""]

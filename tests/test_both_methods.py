@@ -7,12 +7,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, VOTE_TINY
+from safetensors.torch import load_file, save_file
+from zoo_tasks import change
 
 import gmn
 from gmn.checkpoint import save_metanetwork
@@ -26,6 +29,8 @@ from gmn.settings import Recipe
 from gmn.settings_vote import VoteRecipe
 from gmn.vote import prior
 from gmn.vote_job import VoteJob
+from gmn.zoo import Zoo
+from gmn.zoo_task import WEIGHTS
 
 Finished = tuple[Path, dict[str, Any]]
 
@@ -60,6 +65,20 @@ def test_votes_of_another_network_are_refused(vote_run: Finished, tmp_path: Path
             "data_models.fit={epochs: 1, lr: 0.1}")  # fmt: skip
     with pytest.raises(GmnError, match="no zoo to vote"):
         job(tmp_path / "b", vote_run[0], f"prune.votes={tmp_path}")
+
+
+def test_votes_of_a_network_with_other_weights_are_refused(vote_run: Finished, tmp_path: Path) -> None:
+    """Of one structure with the zoo's: its channels mean something else. Zoos of an older gmn lack the digest."""
+    weights = load_file(vote_run[0] / "zoo" / "network" / "weights.safetensors")
+    weights["conv1.weight"] = weights["conv1.weight"].flip(0)
+    save_file(weights, tmp_path / "other.safetensors")
+    older = shutil.copytree(vote_run[0], tmp_path / "older")
+    change(Zoo.open(older / "zoo"), f"DELETE FROM about WHERE key = '{WEIGHTS}'")
+    assert WEIGHTS not in Zoo.open(older / "zoo").about
+    for name, zoo in {"new": vote_run[0], "old": older}.items():
+        assert job(tmp_path / name, zoo).prior is not None
+        with pytest.raises(GmnError, match=r"something else: expected weights_sha256 '.*; networks of one structure"):
+            job(tmp_path / f"{name}-other", zoo, f"network.weights={tmp_path / 'other.safetensors'}")
 
 
 def test_the_zoo_of_a_rewritten_network(vote_run: Finished, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +75,28 @@ def test_the_units_that_matter_least_go(score: str) -> None:
     keep = filter_prune(model, task(), config, example(), ratio=0.375).keep.keep
     start = next(g.start for g in to_graph(model, example()).spec.groups if g.name == "1")
     assert (~keep[start : start + 8]).nonzero().flatten().tolist() == [1, 4, 6]
+
+
+@pytest.mark.parametrize("score", ["activation", "taylor"])
+def test_scores_are_of_all_classes(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of images are sorted by class; every round reads the same images."""
+    whole, seen, batches = task(64), list[list[int]](), Split.batches
+    split = whole.subset(whole.labels.argsort(stable=True))
+
+    def watched(self: Split, size: int, *, limit: int | None = None, **more: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        seen.append([])
+        for images, labels in batches(self, size, limit=limit, **more):
+            seen[-1] += [] if more.get("drop_last") else labels.tolist()  # trainings drop the last batch
+            yield images, labels
+
+    monkeypatch.setattr(Split, "batches", watched)
+    config = FilterPruning(score=score, **{**QUICK, "score_images": 16})
+    filter_prune(small(Residual(16), width=16), split, config, example(), ratio=0.75)
+    scored = [labels for labels in seen if labels]
+    assert len(scored) == 3
+    assert scored[0] == scored[1] == scored[2]
+    assert len(scored[0]) == 16
+    assert set(scored[0]) == {0, 1, 2, 3}
 
 
 def test_rounds_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from gmn.pipeline import reopened
 from gmn.recipe import dump_recipe, load_recipe
 from gmn.run import Run, load_report, open_run
 from gmn.run_networks import best, side_by_side
-from gmn.vote_compare import MEANS, _known
+from gmn.vote_compare import MEANS, _Results
 
 
 @pytest.fixture
@@ -150,14 +150,19 @@ def test_an_environment_of_another_form(run: Path) -> None:
 
 
 def test_results_of_another_form(tmp_path: Path) -> None:
+    def known() -> int:
+        results = _Results(tmp_path / "results.jsonl")
+        results.look()
+        return len(results.known)
+
     whole = {"row": "vote", "target": "t", "seed": 0, "iterations": 5, "neighbours": 1, "similarity": "", "group": 0}
     append_line(tmp_path / "results.jsonl", whole | dict.fromkeys(MEANS, 1) | {"iterations": 5, "neighbours": 1})
-    assert len(_known(tmp_path / "results.jsonl")) == 1
+    assert known() == 1
     append_line(tmp_path / "results.jsonl", {"row": "another event"})
-    assert len(_known(tmp_path / "results.jsonl")) == 1
+    assert known() == 1
     append_line(tmp_path / "results.jsonl", whole)
     with pytest.raises(CheckpointError, match="expected validation_accuracy: float; got None"):
-        _known(tmp_path / "results.jsonl")
+        known()
 
 
 def test_a_log_that_is_too_large(tmp_path: Path) -> None:

@@ -39,12 +39,15 @@ def test_a_zoo_is_measured(tmp_path: Path) -> None:
     assert found.tasks == 2
     assert found.index_bytes < found.bytes
     assert 2 * 90_000 < found.bytes < 2 * 200_000  # 27 k parameters of four bytes
-    assert min(found.add, found.shared_classes, found.prototypes, found.leep) > 0
+    assert min(found.plan, found.claim, found.add, found.shared_classes, found.prototypes, found.leep) > 0
     steps = [Step(1, "resnet20", 100, 4.0, 3.0, 0.5, 10.0), Step(2, "resnet20", 100, 2.5, 1.5, 0.5, 9.0)]
     text = io.StringIO()
     show(steps, [found], tmp_path / "found.json", Console(file=text, width=160))
     assert "1.60x" in text.getvalue()
     assert f"{1000 * found.leep / 2:.2f}" in text.getvalue()
+    assert f"│ {1000 * found.plan:.2f} │ {1000 * found.claim:.2f} │ {1000 * found.add:.2f} │" in " ".join(
+        text.getvalue().split()
+    )
     content = json.loads((tmp_path / "found.json").read_text())
     assert [row["processes"] for row in content["steps"]] == [1, 2]
     assert content["zoos"][0]["bytes"] == found.bytes

@@ -39,6 +39,7 @@ from gmn.ranking import mask_steps, prune_to
 from gmn.recipe import load_recipe
 from gmn.scores import Score, make_score
 from gmn.settings import Criterion, Prune
+from gmn.training import generator
 
 BUILT_IN = ["norm", "bn-scale", "taylor", "fpgm", "random"]
 SUMS = ["norm", "bn-scale", "taylor"]
@@ -312,13 +313,23 @@ def test_gradients_are_those_of_the_mean_loss() -> None:
     found = loss_gradients(model, own, 16, batch_size=5)
     assert all(p.grad is None for p in model.parameters())
     model.requires_grad_(True)
-    images, labels = next(iter(own.batches(16)))
+    images, labels = next(own.batches(16, generator=generator(0, 0)))
     F.cross_entropy(model(images), labels).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-6), name
     other = loss_gradients(model, own, 16, seed=1)
     assert not torch.allclose(other["conv1.weight"], found["conv1.weight"])
+
+
+def test_gradients_are_of_all_classes() -> None:
+    """Folders of images are sorted by class: the first ones are all of one."""
+    model, own = copy.deepcopy(subject("resnet8")[0]), split(200)
+    own = own.subset(own.labels.argsort(stable=True))
+    for parameter in model.get_submodule("linear").parameters():
+        parameter.data.zero_()
+    found = loss_gradients(model, own, 40)["linear.bias"]  # what is predicted of each class minus its share
+    assert bool((0.25 - found < 0.5).all())
 
 
 def test_taylor_needs_gradients() -> None:

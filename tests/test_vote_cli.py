@@ -23,7 +23,7 @@ from test_vote_pipeline import Finished, accuracy, options
 from zoo_tasks import flip, path_of
 
 import gmn
-from gmn import pipeline, trials
+from gmn import pipeline, trials, vote_compare
 from gmn.checkpoint import load_json
 from gmn.recipe import dump_recipe, load_recipe
 from gmn.run import Run, load_report
@@ -152,6 +152,7 @@ def mistake_of(here: Here, *arguments: str) -> str:
         ("method=voting", ["unknown method", "metanetwork, vote", "'voting'"]),
         ("method=metanetwork", ["unknown key"]),
         ("rewrite=nowhere", ["nothing learnt here", "nowhere"]),
+        ("ratio=0.01", ["nothing would be pruned", "a ratio of 0.031 or more", "one of 32 channels", "got 0.01"]),
         ("pretrain=null", ["nothing trains the network"]),
     ],
 )
@@ -171,6 +172,7 @@ def test_mistakes_in_a_recipe(here: Here, tmp_path: Path, override: str, words: 
         (["target=[]"], ["target", "expected at least 2 items; got []"]),
         (["similarity.name=leap"], ["unknown similarity 'leap'"]),
         (["vote.neighbours=13", "zoo.tasks=20"], ["the zoo is too small", "expected 13", "got 12"]),
+        (["ratio=0.01"], ["nothing would be pruned", "a ratio of 0.031 or more"]),
         (["network.options={width: 16, shortcut: B}"], ["another network", "16"]),
         (["network.name=cifar.resnet14"], ["another network", "cifar.resnet14", "cifar.resnet8"]),
     ],
@@ -206,6 +208,19 @@ def test_mistakes_in_what_was_learnt(run: Path, here: Here) -> None:
     assert "the zoo lacks its network" in wrong
     (run / "zoo" / "index.sqlite").write_text("no zoo")
     assert "votes" in mistake_of(here, "prune", "graph-mask-voting", "--meta", "votes", *options(ALONE))
+    assert not Path("runs").exists()
+
+
+def test_a_baseline_that_was_not_learnt_is_missed_at_once(
+    run: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the other rows' hours."""
+    shutil.rmtree(run / "zoo" / "reptile")
+    monkeypatch.setattr(vote_compare, "begin", lambda *_: pytest.fail("a trial is begun"))
+    more = options([*ALONE, "report.baselines=[random, reptile]"])
+    line = mistake_of(here, "prune", "graph-mask-voting", "--meta", "votes", *more)
+    assert "the zoo has no reptile network" in line
+    assert "leave reptile out of report.baselines" in line
     assert not Path("runs").exists()
 
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -28,11 +29,14 @@ from zoo_tasks import change
 
 import gmn
 from gmn import pipeline, trials, vote_compare, zoo_build, zoo_claims
+from gmn.api import Voters
+from gmn.checkpoint import load_json
 from gmn.recipe import load_recipe
 from gmn.run import load_report
 from gmn.settings_vote import VoteRecipe
 from gmn.tasks import task_data
 from gmn.zoo import Zoo
+from gmn.zoo_task import WEIGHTS
 
 here = test_cli.here
 Finished = tuple[Path, dict[str, Any]]
@@ -295,16 +299,90 @@ def test_what_failed_is_tried_again_by_a_resumed_run(
     assert zoo.tasks(status="failed") == []
 
 
-def test_finished_trials_are_not_run_again(
-    run: Path, vote_run: Finished, tiny_vote_recipe: VoteRecipe, monkeypatch: pytest.MonkeyPatch
+def test_a_task_that_failed_votes_in_the_resumed_run(
+    stopped: Path, vote_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: list[trials.Trial]
 ) -> None:
-    again: list[trials.Trial] = []
+    """A run with a smaller zoo, then resumed, ends as one in which nothing failed."""
+    folder, work = shutil.copytree(stopped, tmp_path / "run"), zoo_build.prune_for
+
+    def dying(*arguments: Any) -> Any:
+        if arguments[-1].name == "zoo-00011":
+            raise gmn.GmnError("the worker died, 4 times")
+        return work(*arguments)
+
+    monkeypatch.setattr(zoo_build, "prune_for", dying)
+    smaller = pipeline.meta_train(recipe_of(FEW), folder, resume=True)
+    assert Zoo.open(folder / "zoo").counts() == {"planned": 0, "done": 11, "failed": 1}
+    assert smaller["zoo"]["tasks"] == 11
+    monkeypatch.setattr(zoo_build, "prune_for", work)
+    again.clear()
+    report = pipeline.meta_train(recipe_of(FEW), folder, resume=True)
+    assert {trial.row for trial in again} == {"vote"}
+    same_zoo(folder, vote_run[0])
+    same_results(report, vote_run[1])
+
+
+def test_a_zoo_knows_the_weights_of_its_network(run: Path, vote_run: Finished, tiny_vote_recipe: VoteRecipe) -> None:
+    """One of an older gmn does not, and is gone on with."""
+    other = shutil.copytree(run, run.parent / "other")
+    model, about = gmn.load_model(other / "zoo" / "network"), load_json(other / "zoo" / "network" / "model.json")
+    next(model.parameters()).data += 1e-3
+    gmn.save_model(other / "zoo" / "network", model, about["network"], input_shape=about["input_shape"])
+    with pytest.raises(gmn.GmnError, match="networks of one structure, with other weights"):
+        gmn.load(other)
+    with pytest.raises(gmn.GmnError, match="networks of one structure, with other weights"):
+        pipeline.meta_train(tiny_vote_recipe, other, resume=True)
+    change(Zoo.open(run / "zoo"), f"DELETE FROM about WHERE key = '{WEIGHTS}'")
+    assert pipeline.meta_train(tiny_vote_recipe, run, resume=True) == vote_run[1]
+    assert Zoo.open(run / "zoo").verify() == []
+    assert isinstance(gmn.load(run), Voters)
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[trials.Trial]:
+    """The trials that are begun."""
+    found: list[trials.Trial] = []
 
     def counted(job: Any, trial: trials.Trial) -> Any:
-        again.append(trial)
+        found.append(trial)
         return trials.begin(job, trial)
 
     monkeypatch.setattr(vote_compare, "begin", counted)
+    return found
+
+
+def test_trials_of_another_zoo_are_made_again(
+    run: Path,
+    vote_run: Finished,
+    tiny_vote_recipe: VoteRecipe,
+    again: list[trials.Trial],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A task is added to the zoo; those that need no zoo stand."""
+    zoo = Zoo.open(run / "zoo")
+    task, mask, weights = zoo.load("zoo-00000")
+    extra = zoo.load_extra("zoo-00000")
+    zoo.add(dataclasses.replace(task, name="another", file="", status="planned"), mask.keep, weights, extra)
+    capsys.readouterr()
+    report = pipeline.meta_train(tiny_vote_recipe, run, resume=True)
+    said = capsys.readouterr().err
+    assert {(trial.row, trial.seed) for trial in again} == {("vote", 0), ("vote", 1), ("nearest", 0), ("nearest", 1)}
+    assert len(again) == said.count("made again, since other tasks can vote now") == 8
+    others = [[r for r in own["results"] if not r["neighbours"]] for own in (report, vote_run[1])]
+    assert others[0] == others[1]
+    again.clear()
+    assert pipeline.meta_train(tiny_vote_recipe, run, resume=True) == report
+    assert again == []
+    lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    older = [{key: value for key, value in line.items() if key != "zoo"} for line in lines]  # as an older gmn wrote
+    (run / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert pipeline.meta_train(tiny_vote_recipe, run, resume=True) == report
+    assert sorted({trial.row for trial in again}) == ["nearest", "vote"]
+
+
+def test_finished_trials_are_not_run_again(
+    run: Path, vote_run: Finished, tiny_vote_recipe: VoteRecipe, again: list[trials.Trial]
+) -> None:
     results = run / "results.jsonl"
     (run / "report.json").unlink()
     with results.open("a") as file:

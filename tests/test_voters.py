@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ import gmn
 from gmn import checkpoint
 from gmn.api import Meta, Voters, load_voters
 from gmn.convert import layouts
+from gmn.neighbours import ranking
+from gmn.similarity import similarity_by_name
 from gmn.tasks import task_data
+from gmn.vote_prune import vote_for
 
 Finished = tuple[Path, dict[str, Any]]
 TUNE = gmn.Fit(epochs=1, iterations=20, lr=0.02, batch_size=32)
@@ -99,6 +103,18 @@ def test_the_choices_of_an_election(voters: Voters, data: gmn.Data) -> None:
         voters.elect(data, neighbours=13)
     with pytest.raises(gmn.GmnError, match="unknown similarity 'leap'"):
         voters.elect(data, similarity="leap")
+
+
+def test_parents_of_the_data_find_neighbours(voters: Voters, data: gmn.Data) -> None:
+    """Even and odd digits: the nearest tasks are those with as many of each."""
+    parents = {str(digit): "odd" if digit % 2 else "even" for digit in range(10)}
+    own = dataclasses.replace(data, parents=parents)
+    model = voters.elect(own, similarity="shared_parents")
+    names = ranking(voters.backbone, voters.zoo, own, similarity_by_name("shared_parents"), parents=parents).nearest(3)
+    expected = vote_for(voters.backbone, voters.zoo, names, own, None, ratio=0.5)[0].state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    with pytest.raises(gmn.GmnError, match="needs parents"):
+        voters.elect(dataclasses.replace(data, parents={}), similarity="shared_parents")
 
 
 def test_what_a_zoo_cannot_do(voters: Voters, model: nn.Module, data: gmn.Data) -> None:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch import Tensor
 from zoo import graph_of
 from zoo_tasks import ABOUT, change, filled, flip, found, names, path_of, planned
 
+from gmn import zoo_build, zoo_claims
 from gmn.errors import CheckpointError, GmnError, PruningError
-from gmn.zoo import Task, Zoo, fingerprint
+from gmn.zoo import Stored, Task, Zoo, fingerprint
 from gmn.zoo_claims import is_alive, started
 from gmn.zoo_format import pack, unpack
 
@@ -260,6 +262,39 @@ def test_claims(zoo: Zoo) -> None:
     zoo.redo(["task-7", "task-8"])
     assert len(names(zoo.folder / "tasks")) == 3
     assert (zoo.claim("d"), zoo.verify()) == (first, [])
+
+
+def test_a_claim_reads_the_first_task_alone(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of planned tasks: nothing is sorted. Tasks of both splits come as they were planned."""
+    zoo.plan(planned(number, split="target" if number % 3 else "zoo") for number in range(5, 3000))
+    steps, unclaimed = list[int](), zoo_claims.unclaimed
+
+    def watched(db: sqlite3.Connection) -> Iterator[str]:
+        db.set_progress_handler(lambda: steps.append(1), 10)  # after every 10 instructions of SQLite's machine
+        return unclaimed(db)
+
+    monkeypatch.setattr(zoo_claims, "unclaimed", watched)
+    claimed = [task.name for _ in range(6) if (task := zoo.claim("here"))]
+    assert claimed == [f"task-{number}" for number in range(5, 11)]
+    assert len(steps) < 6 * 100
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(60.0, 1), (-1.0, 21)])
+def test_what_is_left_is_not_counted_after_every_task(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+) -> None:
+    zoo.plan(planned(number) for number in range(3, 23))
+    counted, counts = list[int](), Zoo.counts
+
+    def made(*arguments: Any) -> Stored:
+        task = dataclasses.replace(arguments[-1], metrics={"accuracy": 0.5})
+        return Stored(task, zoo.identity, *found(task.seed))
+
+    monkeypatch.setattr(Zoo, "counts", lambda self: counted.append(1) or counts(self))
+    monkeypatch.setattr(zoo_build, "prune_for", made)
+    monkeypatch.setattr(zoo_build, "COUNT", seconds)
+    assert zoo_build.build_zoo(*[None] * 2, zoo, made) == 20  # type: ignore[arg-type]
+    assert len(counted) == times
 
 
 def test_a_killed_process_that_nobody_waited_for_is_dead() -> None:

@@ -14,6 +14,7 @@ from test_cli import Here
 from zoo_tasks import ABOUT, NODES, filled, flip, found, path_of, planned
 
 from gmn.zoo import Stored, Zoo, save_task
+from gmn.zoo_task import WEIGHTS
 
 here = test_cli.here
 
@@ -95,6 +96,19 @@ def test_add(here: Here, tmp_path: Path) -> None:
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert message in err
     assert len(zoo.tasks()) == 1
+
+
+def test_add_asks_for_the_weights_that_the_tasks_share(here: Here, tmp_path: Path) -> None:
+    """A task of an older gmn does not say which, and a zoo of one does not ask."""
+    zoo, old = (Zoo.create(tmp_path / name, {**ABOUT, **own}) for name, own in (("new", {WEIGHTS: "a"}), ("old", {})))
+    for number, own in enumerate(({WEIGHTS: "a"}, {WEIGHTS: "b"}, {})):
+        save_task(tmp_path / f"{number}.safetensors", Stored(planned(number), {**old.identity, **own}, *found(number)))
+    assert [here("zoo", "add", "new", f"{number}.safetensors")[0] for number in range(3)] == [0, 2, 0]
+    assert [here("zoo", "add", "old", f"{number}.safetensors")[0] for number in range(3)] == [0, 0, 0]
+    said = here("zoo", "add", "new", "1.safetensors")[2]
+    assert "for another network: expected weights_sha256 'a'; got 'b'" in said
+    assert said.count("\n") == 1
+    assert [one.verify() for one in (zoo, old)] == [[], []]
 
 
 @pytest.mark.parametrize("name", ["list", "verify", "add"])
