@@ -43,10 +43,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         CheckpointError: if the file has more than 100 MB.
     """
-    if not path.is_file():
-        return
-    refuse_large(path)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    if path.is_file():
+        refuse_large(path)
+        yield from entries(path.read_bytes())
+
+
+def entries(lines: bytes) -> Iterator[dict[str, Any]]:
+    r"""What lines say, torn and empty ones left out.
+
+    >>> list(entries(b'{"epo\n\n{"epoch": 2}\n'))
+    [{'epoch': 2}]
+    """
+    for line in lines.decode(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

@@ -26,6 +26,7 @@ from gmn import away, pipeline, study_cli
 from gmn.away import Parcel, apply, in_copy, pack, share
 from gmn.checkpoint import load_json
 from gmn.engine import attempt
+from gmn.jsonl import append_line, read_lines
 from gmn.recipe import load_recipe
 from gmn.settings_vote import VoteRecipe
 
@@ -196,6 +197,24 @@ def test_what_travels_back(home: Path) -> None:
         '"b"}',
     ]
     assert sorted(path.name for path in home.rglob("*.txt")) == ["new.txt", "same.txt"]
+
+
+def logs(folder: Path, job: str) -> None:
+    append_line(folder / "log.jsonl", {"job": job})
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_torn_line_of_a_log_stays_behind(home: Path, closed: bool) -> None:
+    """A kill or a full disk left it; the worker closes it, and somebody may have done so here meanwhile."""
+    with (home / "log.jsonl").open("a") as log:
+        log.write('{"job": "ha')
+    changes = in_copy(logs, {}, Parcel("b", ["log.jsonl"], pack(home, ["log.jsonl"])))
+    assert changes == {"log.jsonl": b'\n{"job": "b"}\n'}
+    if closed:
+        logs(home, "between")
+    apply(home, changes)
+    assert [entry["job"] for entry in read_lines(home / "log.jsonl")] == ["first", *["between"] * closed, "b"]
+    assert (home / "log.jsonl").read_text().count("\n") == 3 + closed
 
 
 def test_what_says_that_others_are_whole_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
