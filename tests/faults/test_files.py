@@ -14,11 +14,15 @@ import os
 import signal
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
+from socket import gaierror
 from typing import Any
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from made_runs import CNN, built, call
 
 from gmn import checkpoint, pipeline, report
@@ -152,6 +156,12 @@ CAUSES = {
     "mistake": (TrainingError("loss is not finite"), 2, "gmn: loss is not finite"),
     "full": (OSError(28, "No space left on device", "a"), 3, "gmn: No space left on device: a; what is finished is"),
     "read-only": (OSError(30, "Read-only file system", "a"), 3, "gmn: Read-only file system: a; what is finished is"),
+    "no host": (URLError(OSError(-2, "Name not known")), 2, "gmn: a connection failed: URLError: <urlopen error [Errno"),
+    "no server": (gaierror(-2, "Name not known"), 2, "gmn: a connection failed: gaierror: [Errno -2] Name not known"),
+    "no page": (HTTPError("http://x", 404, "Not Found", Message(), None), 2, "gmn: a connection failed: HTTPError: HTTP"),
+    "refused": (ConnectionRefusedError(111, "Refused"), 2, "gmn: a connection failed: ConnectionRefusedError: [Errno"),
+    "hub": (LocalEntryNotFoundError("offline\nmore"), 2, "gmn: a connection failed: LocalEntryNotFoundError: offline"),
+    "network disk": (TimeoutError(110, "Timed out", "a"), 3, "gmn: Timed out: a; what is finished is"),
     "no right": (PermissionError(13, "Permission denied", "a"), 3, "gmn: Permission denied: a; what is finished is"),
     "memory": (MemoryError(), 4, "gmn: out of memory; smaller batches"),
     "GPU": (torch.OutOfMemoryError("CUDA out of memory.\nMore"), 4, "gmn: out of memory: CUDA out of memory.; smaller"),
@@ -175,6 +185,17 @@ def test_one_line_and_an_exit_code(
     assert said.out == ""
     assert said.err.startswith(line)
     assert said.err.count("\n") == 1
+
+
+def test_a_pipe_that_nobody_reads_is_no_error(tmp_path: Path) -> None:
+    """As in `gmn zoo list | head`; rich and typer see to it, each in its own way."""
+    for arguments in (["--help"], ["convert", "cifar.resnet8", "-o", "g.safetensors"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-m", "gmn", *arguments]
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path)
+        os.close(writing)
+        assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
