@@ -15,10 +15,12 @@ from gmn.data import Data
 from gmn.errors import CheckpointError, GmnError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask, inside
+from gmn.state_dict import checksum
 from gmn.surgery import remove, settled
 from gmn.tasks import head_of, with_layer
 from gmn.trace import clone, evaluation
 from gmn.zoo import fingerprint
+from gmn.zoo_task import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Backbone:
 
     def about(self, **more: Any) -> dict[str, Any]:
         """What a zoo says of its tasks' network."""
-        return {"nodes": self.spec.num_nodes, "fingerprint": fingerprint(self.spec), **more}
+        own = {"nodes": self.spec.num_nodes, "fingerprint": fingerprint(self.spec)}
+        return {**own, WEIGHTS: checksum(self.model.state_dict()), **more}
 
     def with_head(self, classes: int, *, seed: int) -> nn.Module:
         """A copy of the network with a new head for so many classes."""

@@ -42,7 +42,7 @@ class Stored:
 
     Attributes:
         task: The task, without what belongs to the zoo that it lies in.
-        identity: The network that it was cut from: `fingerprint`, `nodes`, and `network` if the zoo says so.
+        identity: The network that it was cut from: `fingerprint`, `nodes`, and what else of IDENTITY the zoo says.
         keep: [N] bool, the nodes that stay.
         weights: The pruned weights by name.
         extra: Other tensors, such as class prototypes.

@@ -27,7 +27,8 @@ FILE = re.compile(NAME.pattern + r"\.[0-9a-f]{8}\.safetensors")
 LARGEST_INTEGER = 2**63 - 1  # SQLite has no larger one
 LONGEST_TEXT = 1000
 MOST_NODES = 10**9
-IDENTITY = ("fingerprint", "nodes", "network")  # what tasks must have in common to be compared
+WEIGHTS = "weights_sha256"  # of the network that the tasks are cut from; zoos and files of an older gmn lack it
+IDENTITY = ("fingerprint", "nodes", "network", WEIGHTS)  # what tasks must have in common to be compared
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,16 @@ def check_about(about: Mapping[str, Any]) -> dict[str, Any]:
 def check_same(
     message: str, expected: Mapping[str, Any], got: Mapping[str, Any], where: object, error: type[GmnError] = GmnError
 ) -> None:
-    """An error that names the first key of `expected` whose value differs in `got`.
+    """An error that names the first key of `expected` whose value differs in `got`; weights only where both know them.
 
     >>> check_same("the task is for another network", {"nodes": 7}, {"nodes": 8}, "t.safetensors")
     Traceback (most recent call last):
     gmn.errors.GmnError: the task is for another network: expected nodes 7; got 8; in t.safetensors
     """
     for key, value in expected.items():
+        if key == WEIGHTS and key not in got:
+            continue
         if got.get(key) != value:
             stated, found = f"{to_text(key)} {reprlib.repr(value)}", reprlib.repr(got.get(key))
-            raise error(message, expected=stated, got=found, where=str(where))
+            hint = "networks of one structure, with other weights" if key == WEIGHTS else None
+            raise error(message, expected=stated, got=found, where=str(where), hint=hint)
