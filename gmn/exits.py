@@ -5,7 +5,8 @@
     2    a mistake in the call, a recipe or a file   130  stopped with Ctrl-C
 
 A bug keeps its traceback, and exit code 1. So ends, without a word, what writes to a pipe that nobody reads any more
-(`gmn report RUN | head`): the library of the command line sees to it. A failed download is 2. What a signal ends has 128 + its number, as always.
+(`gmn report RUN | head`): the libraries of the command line see to it. What a signal ends has 128 + its number, as
+always. A download that fails is a mistake, though Python has it among the errors of the disk.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from rich.errors import MarkupError
 from gmn.checkpoint import load_checked, load_json, make_folder, save_bytes, save_json, save_text
 from gmn.distributed import leader_writes, team
 from gmn.errors import MALFORMED, CheckpointError, GmnError, one_line
-from gmn.jsonl import append_line, checked, read_lines
+from gmn.jsonl import append_line, checked, read_lines, refuse_large
 from gmn.launch import processes
 from gmn.lock import alone
 from gmn.names import printable
@@ -284,6 +284,7 @@ def _same(saved: Path, recipe: str) -> bool:
     """Whether two recipes say the same; an older gmn did not spell out what is new and has its default."""
     from gmn.recipe import dump_recipe, load_recipe
 
+    refuse_large(saved)
     if saved.read_bytes() == recipe.encode():
         return True
     try:

@@ -195,6 +195,22 @@ def test_results_of_another_form(tmp_path: Path) -> None:
         _known(tmp_path / "results.jsonl")
 
 
+def test_a_recipe_that_is_a_hole(run: Path) -> None:
+    recipe = (run / "recipe.yaml").read_text()
+    os.truncate(run / "recipe.yaml", 2**40)
+    with pytest.raises(CheckpointError, match=r"the file is too large: .*recipe\.yaml"):
+        Run(run, recipe, resume=True)
+
+
+def test_the_zoo_of_another_run_is_a_hole(run: Path, tmp_path: Path) -> None:
+    """Its network is hashed, to see whether it is the one that was voted on."""
+    (run / "models" / "base").rename(tmp_path / "network")
+    os.truncate(tmp_path / "network" / "weights.safetensors", 2**42)
+    save_json(run / "voters.json", {"zoo": str(tmp_path), "network_sha256": "0" * 64})
+    with pytest.raises(CheckpointError, match="too large for this machine"):
+        side_by_side(run)
+
+
 def test_a_log_that_is_too_large(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     os.truncate(tmp_path / "metrics.jsonl", 2**40)  # it has no content
