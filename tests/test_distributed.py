@@ -29,6 +29,7 @@ from torch import Tensor
 
 import gmn
 from gmn import distributed, launch, pipeline
+from gmn.checkpoint import load_json
 from gmn.data import Augment
 from gmn.distributed import Team
 from gmn.meta_shares import shares_of
@@ -204,6 +205,23 @@ def test_the_shortened_quickstart_in_two_processes(tmp_path: Path) -> None:
     assert [process.returncode for process in working] == [0, 0], "".join(ended)
     assert (result / "model.json").is_file()
     assert (folder / "metrics.jsonl").read_text().count('"event": "result"') == 1
+
+
+LAUNCHERS = {
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_launchers_of_the_docs_start_two(tmp_path: Path, name: str) -> None:
+    port = crew.environments(1)[0]["MASTER_PORT"]
+    own = {"accelerate": ["--main_process_port", port], "torchrun": ["--master-port", port]}[name]
+    command = [sys.executable, *LAUNCHERS[name], *own, "-m", "gmn", "meta-train", "quickstart", *options()]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=600)
+    assert load_json(tmp_path / "runs" / "quickstart" / "environment.json")["processes"] == 2
+    assert (tmp_path / "runs" / "quickstart" / "report.json").is_file()
 
 
 WAITING = """
