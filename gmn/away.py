@@ -6,7 +6,6 @@ folder; nothing else travels. Logs only grow: their new lines are added to the c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Generic, TypeVar
 from gmn.checkpoint import save_bytes
 from gmn.engine import Engine
 from gmn.errors import GmnError
-from gmn.jsonl import append_line
+from gmn.jsonl import append_line, entries
 from gmn.processes import is_left_over
 from gmn.progress import say, track
 from gmn.settings import Recipe
@@ -114,8 +113,8 @@ def _write(folder: Path, files: Files) -> None:
     for path in sorted(files, key=_order):
         target = folder / path
         if path.endswith(LOG) and target.is_file():
-            for line in files[path].splitlines():
-                append_line(target, json.loads(line))
+            for entry in entries(files[path]):  # the first line is empty where the worker closed a torn one
+                append_line(target, entry)
         else:
             save_bytes(target, files[path])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import reprlib
@@ -23,6 +24,7 @@ from gmn.distributed import leader_writes
 from gmn.errors import MALFORMED, CheckpointError, GmnError, naming, one_line
 from gmn.heads import head_counts, restore_heads
 from gmn.jsonl import checked, refuse_large
+from gmn.memory import refuse_too_large
 from gmn.metanetwork import RUNTIME, MetaNetwork, MetaNetworkConfig
 from gmn.networks import build_network, without_fetching
 from gmn.permission import refuse_code
@@ -103,6 +105,16 @@ def save_bytes(path: Path, content: bytes) -> None:
     write_atomic(path, write)
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file of tensors as it lies there, read bit by bit; CheckpointError if it is far too large."""
+    refuse_too_large(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def load_json(path: Path) -> Any:
     """Read JSON; CheckpointError if the file is missing, too large or torn."""
     try:
@@ -150,6 +162,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
     """Tensors, header and checksum of a file; files of an older gmn have no checksum."""
     if not path.is_file():
         raise CheckpointError("no such file", got=str(path))
+    refuse_too_large(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("gmn", "null"))

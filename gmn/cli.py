@@ -29,7 +29,7 @@ from gmn.cli_options import (
 from gmn.cli_zoo import zoo_app
 from gmn.errors import GmnError
 from gmn.exits import Stopped, verdict
-from gmn.launch import SHARED, fail, rank
+from gmn.launch import SHARED, crash, fail, rank
 
 if TYPE_CHECKING:
     from gmn.recipe import AnyRecipe
@@ -78,8 +78,8 @@ def _show(settings: AnyRecipe, folder: Path, work: Callable[..., dict[str, Any]]
     from gmn import distributed, report
     from gmn.engine import engine_named
 
-    chosen = engine_named(engine, **ask)
-    with distributed.launched(getattr(settings, "device", "auto"), settings.method) as team, chosen as worker:
+    chosen, device = engine_named(engine, **ask), getattr(settings, "device", "auto")
+    with distributed.launched(device, settings.method, engine) as team, chosen as worker:
         found = work(engine=worker)
     if team.leads:
         report.show(found, folder)
@@ -332,6 +332,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt, Stopped) as error:
         found = verdict(error, resumable=arguments[:1] in (["meta-train"], ["prune"]))
         if debug or found is None:
+            crash(error)
             raise
         fail(found[1], found[0])
 

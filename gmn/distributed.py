@@ -163,7 +163,7 @@ def leader_writes(write: Callable[P, None]) -> Callable[P, None]:
 
 
 @contextmanager
-def launched(device: str, method: str) -> Iterator[Team]:
+def launched(device: str, method: str, engine: str = "here") -> Iterator[Team]:
     """Join the processes that a launcher has started, for a recipe's device and method; after the block all part.
 
     Raises:
@@ -174,7 +174,7 @@ def launched(device: str, method: str) -> Iterator[Team]:
     if processes() == 1:
         yield ALONE
         return
-    _refuse(device, method)
+    _refuse(device, method, engine)
     try:
         from accelerate import PartialState
     except ImportError as error:
@@ -189,10 +189,13 @@ def launched(device: str, method: str) -> Iterator[Team]:
     progress.console.quiet = not own.leads
 
 
-def _refuse(device: str, method: str) -> None:
+def _refuse(device: str, method: str, engine: str) -> None:
     if method != "metanetwork":
         hint = f"share its work with --engine ray{' or with gmn join' if method == 'vote' else ''}"
         raise RecipeError("several processes are for `method: metanetwork`", got=method, hint=hint)
+    if engine != "here":  # each process would start a cluster, and get other rows than the others
+        hint = f"leave out the launcher, or --engine {engine}"
+        raise GmnError("several processes with a cluster", expected="one or the other", got=f"{processes()}", hint=hint)
     if ":" in device:
         raise RecipeError("one device for all processes", expected="device: auto, cpu or cuda", got=device)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

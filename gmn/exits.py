@@ -4,17 +4,21 @@
     1    a check found something (`gmn zoo verify`)  4    out of memory, of the machine or of the accelerator
     2    a mistake in the call, a recipe or a file   130  stopped with Ctrl-C
 
-A bug keeps its traceback, and exit code 1. What a signal ends has 128 + its number, as always.
+A bug keeps its traceback, and exit code 1. So ends, without a word, what writes to a pipe that nobody reads any more
+(`gmn report RUN | head`): the libraries of the command line see to it. What a signal ends has 128 + its number, as
+always. A download that fails is a mistake, though Python has it among the errors of the disk.
 """
 
 from __future__ import annotations
 
 import sys
 
-from gmn.errors import GmnError
+from gmn.errors import GmnError, one_line
 
 MISTAKE, DISK, MEMORY, STOPPED = 2, 3, 4, 130
 WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+CONNECTIONS = {"urllib", "urllib3", "http", "httpx", "requests", "huggingface_hub", "socket", "ssl"}
+"""The libraries whose errors are of connections; most are errors of the system too."""
 KEPT = "what is finished is kept: go on with --resume"
 SMALLER = "smaller batches, metanetwork.max_chunk_mb and bf16 take less"
 
@@ -34,10 +38,14 @@ def verdict(error: BaseException, *, resumable: bool = False) -> tuple[int, str]
     (3, 'No space left on device: a.json; what is finished is kept: go on with --resume')
     >>> verdict(FileNotFoundError(2, "No such file or directory", "b.json"))
     (2, 'No such file or directory: b.json')
+    >>> verdict(ConnectionResetError(104, "Connection reset by peer"))
+    (2, 'a connection failed: ConnectionResetError: [Errno 104] Connection reset by peer')
     """
     kept = [KEPT] if resumable else []
     if isinstance(error, GmnError):
         return MISTAKE, str(error)
+    if _of_connection(error):
+        return MISTAKE, "; ".join([f"a connection failed: {one_line(error)}", *kept])
     if isinstance(error, WRONG_PATH):
         return MISTAKE, _of_system(error)
     if isinstance(error, OSError):
@@ -48,6 +56,12 @@ def verdict(error: BaseException, *, resumable: bool = False) -> tuple[int, str]
         detail = str(error).strip().split("\n")[0]
         return MEMORY, "; ".join([f"out of memory: {detail}".removesuffix(": "), SMALLER, *kept])
     return None
+
+
+def _of_connection(error: BaseException) -> bool:
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return error.filename is None  # a disk in the network has files
+    return any(kind.__module__.partition(".")[0] in CONNECTIONS for kind in type(error).__mro__)
 
 
 def _of_system(error: OSError) -> str:

@@ -84,7 +84,7 @@ class Guard:
         title: Of the training, in errors.
         model: Whose buffers (the statistics of norms) are as before after a step that is not taken.
         optimizer, schedule: What takes a step; the schedule advances in any case.
-        steps: Of the whole training.
+        steps: Of the whole training, those before a resume too.
         pieces: How `step` cuts what it gets, if it does.
     """
 

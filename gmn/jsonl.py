@@ -45,7 +45,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if path.is_file():
         refuse_large(path)
-        yield from _entries(path.read_bytes())
+        yield from entries(path.read_bytes())
 
 
 class Tail:
@@ -71,11 +71,16 @@ class Tail:
             file.seek(self._read)
             content = file.read()
         self._read += content.rfind(b"\n") + 1
-        yield from _entries(content)
+        yield from entries(content)
 
 
-def _entries(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in content.decode("utf-8", "replace").splitlines():
+def entries(lines: bytes) -> Iterator[dict[str, Any]]:
+    r"""What lines say, torn and empty ones left out.
+
+    >>> list(entries(b'{"epo\n\n{"epoch": 2}\n'))
+    [{'epoch': 2}]
+    """
+    for line in lines.decode(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 SHARED = ("meta-train", "prune")
@@ -22,6 +23,14 @@ def processes() -> int:
 def rank() -> int | None:
     """The number of this process, from 0; None if there is only one."""
     return int(os.environ["RANK"]) if processes() > 1 else None
+
+
+def crash(error: BaseException) -> None:
+    """Of several processes, show an error's traceback and end at once; alone, do nothing: Python shows it."""
+    if rank() is not None:
+        traceback.print_exception(type(error), error, error.__traceback__)
+        sys.stderr.flush()
+        os._exit(1)  # an orderly end may wait for the others, who may wait for this one
 
 
 def fail(line: str, code: int = 2) -> NoReturn:

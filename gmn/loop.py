@@ -52,7 +52,7 @@ def run_epochs(
         TrainingError: if loss or gradient is NaN or infinite several times in a row.
     """
     modules = {"model": model} if average is None else {"model": model, "average": average}
-    guard = Guard(title, model, optimizer, schedule, (epochs - start) * steps, pieces)
+    guard = Guard(title, model, optimizer, schedule, epochs * steps, pieces)
     with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
         found = bookmark and bookmark.restore(modules, optimizer, start, epochs, steps)
         place, random = found or (Place(start), {})

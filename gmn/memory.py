@@ -8,12 +8,28 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from gmn.errors import CheckpointError
+
+UNKNOWN = 64 * 2**10
+"""The memory, in MB, of a machine that does not say how much it has."""
+
 
 def machine_memory() -> float | None:
     """The memory of the machine in MB; None where the system does not say."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def refuse_too_large(path: Path) -> None:
+    """CheckpointError if a file of tensors cannot be read here: it takes no disk to claim any size, with a hole.
+
+    Half of the machine's memory is the bound, since a network and the tensors it is filled with are there together.
+    """
+    size, most = path.stat().st_size, int((machine_memory() or UNKNOWN) * 2**20) // 2
+    if size > most:
+        expected, got = f"{most:,} bytes at most, half of the memory", f"{size:,}"
+        raise CheckpointError("the file is too large for this machine", expected=expected, got=got, where=str(path))
 
 
 def memory_now() -> float:

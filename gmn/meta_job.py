@@ -23,20 +23,23 @@ from gmn.convert import to_model
 from gmn.costs import cost
 from gmn.criteria import Importance, refuse_no_loss
 from gmn.data import Data
+from gmn.distributed import team
 from gmn.errors import MALFORMED, CheckpointError, RecipeError, one_line
 from gmn.groups import couplings
 from gmn.learnt import Learnt, adopt, further, named
 from gmn.library_pruner import prune_with
 from gmn.limits import kept_whole
+from gmn.meta_shares import shares_of
 from gmn.meta_train import TITLE, DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
 from gmn.prune_job import PruneJob
+from gmn.replicas import refuse_uneven
 from gmn.run import METANETWORK_FILE, Run
 from gmn.settings import Fit, Recipe
 from gmn.stages import stage
 from gmn.trace import clone
-from gmn.training import evaluate, make_optimizer, recalibrate
+from gmn.training import epoch_and_batch, evaluate, make_optimizer, recalibrate
 from gmn.weight_masks import WeightSparsity, reasons
 
 
@@ -66,11 +69,23 @@ class MetaJob(PruneJob):
         if (learns or "sparse" in recipe.report.baselines) and recipe.prune.of_channels:  # both have a sparsity loss
             refuse_no_loss(recipe.criterion)
         super().__init__(recipe, run, data)
+        self._refuse_uneven(learns)
         self.further = further(recipe, run)
         self._rehearse(learnt)
         run.start()
         for label, path in recipe.report.metanetworks.items():
             adopt(run, label, path)
+
+    def _refuse_uneven(self, learns: bool) -> None:
+        """TrainingError if several processes cannot share a training of the recipe, before the first one begins."""
+        models, tuning = self.recipe.data_models, self.recipe.finetune
+        fits = {"data_models.fit": models.fit, "data_models.initial_fit": models.initial_fit}
+        fits |= {"finetune.after_meta": tuning.after_meta, "finetune.after_prune": tuning.after_prune}
+        for name, settings in fits.items():
+            if settings:
+                refuse_uneven(epoch_and_batch(settings, len(self.data.train))[1], name)
+        if learns:
+            shares_of(self.recipe.meta_train, team())
 
     def _rehearse(self, learnt: Learnt | None) -> None:
         """Build, convert, prune, and meet the metanetwork once, before hours of training end in an error."""

@@ -9,12 +9,11 @@ matrix:       every entry --metanetwork, as above--> every network with the meta
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from gmn.api import NETWORK, metanetwork_path, zoo_path
-from gmn.checkpoint import load_json, load_metanetwork, save_json
+from gmn.checkpoint import digest_of, load_json, load_metanetwork, save_json
 from gmn.compare import compare
 from gmn.engine import HERE, Engine
 from gmn.errors import RecipeError
@@ -167,4 +166,4 @@ def voters(folder: Path) -> tuple[Path, str] | None:
 def digest(zoo: Path) -> str | None:
     """The SHA-256 of the weights of a zoo's network; None if they are not there."""
     path = zoo / NETWORK / "weights.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return digest_of(path) if path.is_file() else None

@@ -7,10 +7,13 @@ import hashlib
 import os
 import re
 import socket
+import time
+import uuid
 from functools import cache
 from pathlib import Path
 
 DEAD, UNKNOWN = 0, 1  # when a process started
+DAY = 86_400  # seconds
 TEMPORARY = re.compile(r"\..*?\.(?:([0-9a-f]{16})\.)?(\d{1,10})\.tmp(?:-wal|-shm|-journal)?")
 """Names of files that are being written, with the machine and the process; those at the end are SQLite's."""
 
@@ -37,13 +40,22 @@ def started(pid: int) -> int:
     return UNKNOWN
 
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Linux draws it anew at every start."""
+
+
 @cache
 def machine() -> str:
-    """A digest of what process ids are unique in."""
-    space = ""
+    """A digest of what process ids are unique in: a start of a machine, and there a container.
+
+    Names do not tell machines apart: two may both be `localhost`, and share a disk.
+    """
+    space, start = "", f"{uuid.getnode():x}"
     with contextlib.suppress(OSError):
         space = str(Path("/proc/self/ns/pid").readlink())
-    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        start = BOOT.read_text().strip()
+    return hashlib.sha256(f"{socket.gethostname()} {space} {start}".encode()).hexdigest()[:16]
 
 
 def temporary_name(path: Path) -> Path:
@@ -62,10 +74,24 @@ def is_left_over(name: str) -> bool:
 
 
 def sweep(folder: Path) -> int:
-    """Delete the temporary files that killed processes of this machine left in a folder; how many."""
+    """Delete the temporary files that killed processes of this machine left in a folder; how many.
+
+    Those of other machines, such as this one before it was started again, go when nobody has written them for a day.
+    """
     count = 0
     for place, _, names in os.walk(folder):  # links are not followed
-        for name in filter(is_left_over, names):
-            (Path(place) / name).unlink(missing_ok=True)
-            count += 1
+        for path in (Path(place) / name for name in names):
+            if is_left_over(path.name) or _is_forgotten(path):
+                path.unlink(missing_ok=True)
+                count += 1
     return count
+
+
+def _is_forgotten(path: Path) -> bool:
+    found = TEMPORARY.fullmatch(path.name)
+    if found is None or found[1] in (None, machine()):
+        return False
+    try:
+        return time.time() - path.lstat().st_mtime > DAY
+    except FileNotFoundError:  # another process sweeps
+        return False

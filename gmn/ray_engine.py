@@ -10,13 +10,15 @@ import itertools
 import logging
 import math
 import os
+import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from gmn.engine import Found, Job, attempt
-from gmn.errors import GmnError
+from gmn.errors import GmnError, one_line
 from gmn.permission import allow_code, allowed_code
 
 AHEAD = 2  # jobs drawn per free place: waiting ones tell a growing cluster to grow, and the rest is left for others
@@ -98,18 +100,32 @@ def ray_engine(
         raise GmnError("the engine needs ray", hint="pip install gmn[ray]") from error
     if cpus < 0 or gpus < 0 or cpus + gpus == 0:
         raise GmnError("a task needs a place", expected="cpus or gpus above 0", got=f"{cpus:g} and {gpus:g}")
+    _refuse_unreachable(address)
     own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        got = str(error).strip().split("\n")[0]
-        hint = "start one with `ray start --head`"
-        raise GmnError("no Ray cluster to connect to", expected=address, got=got, hint=hint) from error
+        raise _no_cluster(address, str(error).strip().split("\n")[0]) from error
     try:
         _refuse_too_large(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus})
         yield RayEngine(ray, cpus, gpus, retries)
     finally:
         ray.shutdown()
+
+
+def _refuse_unreachable(address: str | None) -> None:
+    """GmnError if nobody listens at `host:port`; Ray would try for a quarter of an hour."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d{1,5})", address or "")
+    try:
+        if found:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, one_line(error)) from error
+
+
+def _no_cluster(address: str | None, got: str) -> GmnError:
+    hint = "start one with `ray start --head`"
+    return GmnError("no Ray cluster to connect to", expected=address, got=got, hint=hint)
 
 
 def _refuse_too_large(have: Mapping[str, float], wanted: Mapping[str, float]) -> None:

@@ -29,10 +29,8 @@ def replicated(model: nn.Module, batch_size: int) -> Iterator[None]:
     Raises:
         TrainingError: if the processes cannot have equal shares of a batch.
     """
+    refuse_uneven(batch_size)
     crew = team()
-    if batch_size % crew.size:
-        expected, got = f"a batch_size that {crew.size} processes share equally", str(batch_size)
-        raise TrainingError("a batch cannot be shared", expected=expected, got=got)
     crew.agree(model.state_dict().values())
     yield
     running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -40,6 +38,18 @@ def replicated(model: nn.Module, batch_size: int) -> Iterator[None]:
     for buffer in running if crew.size > 1 else ():
         buffer.div_(crew.size)
     crew.agree(model.state_dict().values())
+
+
+def refuse_uneven(batch_size: int, where: str | None = None) -> None:
+    """TrainingError if the processes cannot have equal shares of a batch.
+
+    Args:
+        batch_size: Images in a batch.
+        where: The section of the recipe that says so.
+    """
+    if batch_size % team().size:
+        expected, got = f"a batch_size that {team().size} processes share equally", str(batch_size)
+        raise TrainingError("a batch cannot be shared", expected=expected, got=got, where=where)
 
 
 def averaged_over_processes(metrics: Metrics, model: nn.Module, count: int = 1) -> Metrics:

@@ -22,7 +22,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from rich.errors import MarkupError
 from gmn.checkpoint import load_checked, load_json, make_folder, save_bytes, save_json, save_text
 from gmn.distributed import leader_writes, team
 from gmn.errors import MALFORMED, CheckpointError, GmnError, one_line
-from gmn.jsonl import append_line, checked, read_lines
+from gmn.jsonl import append_line, checked, read_lines, refuse_large
 from gmn.launch import processes
 from gmn.lock import alone
 from gmn.names import printable
@@ -221,11 +221,23 @@ def refuse_links(folder: Path) -> None:
     root = folder.resolve()
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                hint = "put what it leads to into the folder"
-                raise CheckpointError("a link that leaves the run folder", got=str(path), hint=hint)
+            if path.is_symlink():
+                _refuse_leaving(path, root)
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise CheckpointError("neither file nor folder in a run folder", got=str(path))
+
+
+def _refuse_leaving(link: Path, root: Path) -> None:
+    try:
+        with suppress(FileNotFoundError):
+            link.stat()  # `resolve` finds circles in some versions of Python only
+        inside = link.resolve().is_relative_to(root)
+    except (OSError, RuntimeError) as error:
+        hint = "delete it, or put a file there"
+        raise CheckpointError("a link that leads nowhere", got=one_line(error), hint=hint) from error
+    if not inside:
+        hint = "put what it leads to into the folder"
+        raise CheckpointError("a link that leaves the run folder", got=str(link), hint=hint)
 
 
 def load_report(folder: Path) -> dict[str, Any]:
@@ -272,6 +284,7 @@ def _same(saved: Path, recipe: str) -> bool:
     """Whether two recipes say the same; an older gmn did not spell out what is new and has its default."""
     from gmn.recipe import dump_recipe, load_recipe
 
+    refuse_large(saved)
     if saved.read_bytes() == recipe.encode():
         return True
     try:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gmn.errors import CheckpointError, one_line
+from gmn.memory import refuse_too_large
 
 # what safetensors and the unpickler raise on torn or foreign bytes
 UNREADABLE = (
@@ -46,6 +47,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError("no such file of weights", got=str(path))
+    refuse_too_large(path)
     try:
         content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except UNREADABLE as problem:

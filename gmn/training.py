@@ -120,8 +120,7 @@ def fit(
     """
     if config.distill and teacher is None:
         raise TrainingError(f"{title}: distillation needs a teacher", hint="set distill: 0 for this training")
-    count = min(config.images_per_epoch or len(split), len(split))
-    size = min(config.batch_size, count)
+    count, size = epoch_and_batch(config, len(split))
     steps = config.iterations or count // size
 
     def batches(epoch: int) -> Iterable[Batch]:
@@ -149,6 +148,16 @@ def fit(
         run_epochs(config.epochs, steps, batches, step, optimizer, schedule, **own, seed=seed, title=title, log=log)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
+
+
+def epoch_and_batch(config: Fit, available: int) -> tuple[int, int]:
+    """Images of an epoch, and of a batch, where there are so many.
+
+    >>> epoch_and_batch(Fit(epochs=1, lr=0.1, batch_size=128, images_per_epoch=500), 90)
+    (90, 90)
+    """
+    count = min(config.images_per_epoch or available, available)
+    return count, min(config.batch_size, count)
 
 
 def _gradient(

@@ -23,10 +23,22 @@ def without_times(value: Any) -> Any:
     return [without_times(entry) for entry in value] if isinstance(value, list) else value
 
 
-def log_of(folder: Path) -> list[str]:
-    """The lines of a run's log in an order of their own, without times and costs; what is there twice stays so."""
-    lines = [entry for entry in read_lines(folder / "metrics.jsonl") if entry["event"] != "cost"]
+def log_of(path: Path) -> list[str]:
+    """The lines of a log in an order of their own, without times and costs; what is there twice stays so."""
+    lines = [entry for entry in read_lines(path) if entry["event"] != "cost"]
     return sorted(json.dumps(without_times(entry), sort_keys=True) for entry in lines)
+
+
+def logs_of(folder: Path) -> dict[str, list[str]]:
+    """The log of a run, and those of the runs in it."""
+    return {str(path.relative_to(folder)): log_of(path) for path in folder.rglob("metrics.jsonl")}
+
+
+def torn_in(folder: Path) -> int:
+    """How many lines of all logs and tables are none that gmn would have written whole."""
+    paths = list(folder.rglob("*.jsonl"))
+    lines = sum(bool(line.strip()) for path in paths for line in path.read_bytes().splitlines())
+    return lines - sum(len(list(read_lines(path))) for path in paths)
 
 
 def tensors_of(folder: Path) -> dict[str, str]:
@@ -45,12 +57,16 @@ def evidence(folder: Path) -> dict[str, Any]:
     """Everything that has to be the same."""
     found = {
         "report": without_times(load_json(folder / "report.json")),
-        "log": log_of(folder),
+        "logs": logs_of(folder),
+        "torn": torn_in(folder),
         "tensors": tensors_of(folder),
         "files": files_of(folder),
     }
     if (folder / "zoo").is_dir():
         zoo = Zoo.open(folder / "zoo")
-        found["zoo"] = {task.name: (task.status, task.metrics, zoo.masks([task.name]).tolist()) for task in zoo.tasks()}
+        found["zoo"] = {
+            task.name: (task.status, task.metrics, zoo.masks([task.name]).tolist(), checksum(zoo.load(task.name)[2]))
+            for task in zoo.tasks()
+        }
         found["problems"] = [str(problem) for problem in zoo.verify()]
     return found

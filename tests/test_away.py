@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, VOTE_TINY
-from evidence import evidence, files_of, log_of, tensors_of, without_times
+from evidence import evidence, files_of
 
 import gmn
 from gmn import away, pipeline, study_cli
 from gmn.away import Parcel, apply, in_copy, pack, share
-from gmn.checkpoint import load_json
 from gmn.engine import attempt
-from gmn.recipe import load_recipe
+from gmn.jsonl import append_line, read_lines
+from gmn.recipe import AnyRecipe, load_recipe
 from gmn.settings_vote import VoteRecipe
 
 ROWS = [
@@ -108,24 +108,26 @@ entries:
 """
 
 
-def test_a_matrix_is_that_of_one_process(tmp_path: Path) -> None:
+def small_matrix() -> AnyRecipe:
+    """Of two entries; one takes weights from a file, in the folder where one is."""
     torch.manual_seed(4)
     wide = gmn.build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"width": 8, "shortcut": "B"})
     torch.save(wide.state_dict(), "w8.pt")
     Path("m.yaml").write_text(MATRIX)
     overrides = [f"common.{field}" for field in ROWS if not field.startswith(("network", "report.speed_ups"))]
-    recipe = load_recipe("m.yaml", [*overrides, "common.report.seeds=1", "common.report.baselines=[]"])
+    return load_recipe("m.yaml", [*overrides, "common.report.seeds=1", "common.report.baselines=[]"])
+
+
+def test_a_matrix_is_that_of_one_process(tmp_path: Path) -> None:
+    recipe = small_matrix()
     pipeline.meta_train(recipe, tmp_path / "here")
     with pytest.raises(gmn.GmnError, match="the worker died"):
         pipeline.meta_train(recipe, tmp_path / "there", engine=Elsewhere(tmp_path / "worker", fails=[1]))
     again = Elsewhere(tmp_path / "worker")
     pipeline.meta_train(recipe, tmp_path / "there", engine=again, resume=True)
     assert again.jobs == [("wide",), ("narrow", "wide"), ("wide", "narrow")]
-    here, there = tmp_path / "here", tmp_path / "there"
-    assert without_times(load_json(there / "report.json")) == without_times(load_json(here / "report.json"))
-    assert (files_of(there), tensors_of(there)) == (files_of(here), tensors_of(here))
-    for log in here.rglob("metrics.jsonl"):
-        assert log_of(there / log.parent.relative_to(here)) == log_of(log.parent)
+    assert len(evidence(tmp_path / "here")["logs"]) == 4  # of two entries and two cells
+    assert evidence(tmp_path / "there") == evidence(tmp_path / "here")
 
 
 def test_the_rows_of_a_vote_are_those_of_one_process(
@@ -196,6 +198,24 @@ def test_what_travels_back(home: Path) -> None:
         '"b"}',
     ]
     assert sorted(path.name for path in home.rglob("*.txt")) == ["new.txt", "same.txt"]
+
+
+def logs(folder: Path, job: str) -> None:
+    append_line(folder / "log.jsonl", {"job": job})
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_torn_line_of_a_log_stays_behind(home: Path, closed: bool) -> None:
+    """A kill or a full disk left it; the worker closes it, and somebody may have done so here meanwhile."""
+    with (home / "log.jsonl").open("a") as log:
+        log.write('{"job": "ha')
+    changes = in_copy(logs, {}, Parcel("b", ["log.jsonl"], pack(home, ["log.jsonl"])))
+    assert changes == {"log.jsonl": b'\n{"job": "b"}\n'}
+    if closed:
+        logs(home, "between")
+    apply(home, changes)
+    assert [entry["job"] for entry in read_lines(home / "log.jsonl")] == ["first", *["between"] * closed, "b"]
+    assert (home / "log.jsonl").read_text().count("\n") == 3 + closed
 
 
 def test_what_says_that_others_are_whole_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@
   one with batch norms is the same in both, and trains as in one process that takes its batches in two parts
 * the images of an evaluation are shared, and counted once
 * only the first process writes, and all find what it wrote
-* processes with different bits, and shares that are uneven, are refused in all of them
+* processes with different bits, and shares that are uneven, are refused in all of them; uneven ones, and a cluster
+  beside the launcher, before anything is trained or written
 * stretches cut a row of batches into equal parts; a part of a batch has the random numbers that it has in the whole
 * the command: one table, one log, one line for a mistake, no process left when one is killed
 """
@@ -27,10 +28,12 @@ from conftest import TINY
 from torch import Tensor
 
 import gmn
-from gmn import distributed, launch
+from gmn import distributed, launch, pipeline
+from gmn.checkpoint import load_json
 from gmn.data import Augment
 from gmn.distributed import Team
 from gmn.meta_shares import shares_of
+from gmn.recipe import load_recipe
 from gmn.settings import MetaTrain
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install gmn[distributed]")
@@ -149,13 +152,14 @@ def test_what_the_launcher_may_not_decide(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert (launch.processes(), launch.rank()) == (2, 0)
 
-    def refused(device: str = "cpu", method: str = "metanetwork") -> str:
-        with pytest.raises(gmn.GmnError) as caught, distributed.launched(device, method):
+    def refused(device: str = "cpu", method: str = "metanetwork", engine: str = "here") -> str:
+        with pytest.raises(gmn.GmnError) as caught, distributed.launched(device, method, engine):
             pass
         return str(caught.value)
 
     assert "--engine ray" in refused(method="vote")
     assert "one device for all processes" in refused(device="cuda:0")
+    assert "leave out the launcher, or --engine ray" in refused(engine="ray")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "--multi_gpu" in refused()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -203,6 +207,23 @@ def test_the_shortened_quickstart_in_two_processes(tmp_path: Path) -> None:
     assert (folder / "metrics.jsonl").read_text().count('"event": "result"') == 1
 
 
+LAUNCHERS = {
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_launchers_of_the_docs_start_two(tmp_path: Path, name: str) -> None:
+    port = crew.environments(1)[0]["MASTER_PORT"]
+    own = {"accelerate": ["--main_process_port", port], "torchrun": ["--master-port", port]}[name]
+    command = [sys.executable, *LAUNCHERS[name], *own, "-m", "gmn", "meta-train", "quickstart", *options()]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=600)
+    assert load_json(tmp_path / "runs" / "quickstart" / "environment.json")["processes"] == 2
+    assert (tmp_path / "runs" / "quickstart" / "report.json").is_file()
+
+
 WAITING = """
 from gmn.distributed import launched, team
 from gmn.errors import GmnError
@@ -228,6 +249,88 @@ def test_a_killed_process_ends_the_other() -> None:
     assert first.returncode == 2
     assert [line for line in said.splitlines() if line.startswith("gmn: ")] == [said.strip().splitlines()[-1]]
     assert "another process of the run has ended" in said
+
+
+ODD = "{epochs: 1, lr: 0.01, batch_size: 33}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ([f"data_models.fit={ODD}"], "2 processes share equally; got 33; in data_models.fit"),
+        ([f"data_models.initial_fit={ODD}"], "got 33; in data_models.initial_fit"),
+        ([f"finetune.after_meta={ODD}"], "got 33; in finetune.after_meta"),
+        ([f"finetune.after_prune={ODD}"], "got 33; in finetune.after_prune"),
+        (["finetune.after_prune.images_per_epoch=7"], "got 7; in finetune.after_prune"),
+        (
+            ["data_models.train=3", "meta_train.models=3", "meta_train.batches=3"],
+            "multiple of the 2 processes; got meta_train.models 3",
+        ),
+    ],
+)
+def test_uneven_shares_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: list[str], said: str
+) -> None:
+    recipe = load_recipe("quickstart", [*TINY, *change])
+    monkeypatch.setattr(distributed, "_team", Team(0, 2))  # it talks to nobody before that
+    with pytest.raises(gmn.GmnError, match=said):
+        pipeline.meta_train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_uneven_shares_are_one_line(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "meta-train", "quickstart", *options(), "--set", f"finetune.after_prune={ODD}")
+    said = first.communicate(timeout=120)[1]
+    second.terminate()
+    second.communicate()
+    assert first.returncode == 2
+    assert said.splitlines()[-1] == (
+        "gmn: a batch cannot be shared: expected a batch_size that 2 processes share equally; got 33;"
+        " in finetune.after_prune"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_launcher_does_not_go_with_a_cluster(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "meta-train", "quickstart", "--engine", "ray", *options())
+    said = first.communicate(timeout=120)[1]
+    second.terminate()
+    second.communicate()
+    assert first.returncode == 2
+    assert said.startswith("gmn: several processes with a cluster: expected one or the other; got 2; leave out the")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+CRASHING = """
+import atexit, sys, time
+from gmn import cli, pipeline
+from gmn.distributed import team
+from gmn.errors import GmnError
+
+def meta_train(*_, **__):
+    if not team().leads:
+        atexit.register(time.sleep, 600)  # as the end of some connections, which waits for the others
+        raise GmnError("mistaken") if "--debug" in sys.argv else RuntimeError("odd")
+    while True:
+        team().total(1.0)
+
+pipeline.meta_train = meta_train
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("options", "said"), [([], "RuntimeError: odd"), (["--debug"], "GmnError: mistaken")])
+def test_a_bug_in_one_process_ends_all_at_once(tmp_path: Path, options: list[str], said: str) -> None:
+    """So does a mistake that is shown with its traceback."""
+    first, second = crew.start([["-c", CRASHING, *options, "meta-train", "quickstart"]] * 2, cwd=tmp_path)
+    shown = second.communicate(timeout=120)[1]
+    assert second.returncode == 1
+    assert "Traceback" in shown
+    assert said in shown.splitlines()[-1]
+    ended = first.communicate(timeout=60)[1]
+    assert first.returncode == (1 if options else 2)
+    assert "another process of the run has ended" in ended
 
 
 def test_a_mistake_is_one_line_of_the_first(tmp_path: Path) -> None:

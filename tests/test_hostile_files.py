@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import resource
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +25,15 @@ from seal import with_meta
 from torch import nn
 
 import gmn
-from gmn.checkpoint import load_json, load_metanetwork, save_json, save_metanetwork
+from gmn import memory
+from gmn.checkpoint import digest_of, load_json, load_metanetwork, save_json, save_metanetwork
 from gmn.errors import CheckpointError, NetworkError, RecipeError
 from gmn.jsonl import LARGEST, read_lines
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.network_source import parse_source, rebuild
 from gmn.recipe import MOST_BYTES, load_recipe
 from gmn.room import SLACK, Room
+from gmn.state_dict import read_state_dict
 from gmn.subject import Choices, named
 
 NETWORK: dict[str, Any] = {"num_classes": 4, "in_channels": 1, "options": {"width": 2, "shortcut": "B"}}
@@ -159,6 +163,38 @@ def test_a_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(CheckpointError, match="cannot read the weights"):
             gmn.load_weights(nn.Linear(2, 2), name)
     assert not Path("ran").exists()
+
+
+HOLE = 2**42
+"""Bytes that a file without content may have: more than any machine has memory."""
+
+
+def test_files_of_tensors_that_are_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost who made them nothing, and nothing of them is read."""
+    folder = saved(tmp_path / "saved")
+    for name in ("w.safetensors", "w.pt"):
+        shutil.copy(folder / "weights.safetensors", tmp_path / name)
+    uses: dict[Path, Callable[[Path], object]] = {
+        tmp_path / "w.safetensors": read_state_dict,
+        tmp_path / "w.pt": read_state_dict,
+        folder / "weights.safetensors": lambda _: gmn.load_model(folder),
+    }
+    for path, use in uses.items():
+        os.truncate(path, HOLE)
+        with pytest.raises(
+            CheckpointError, match=r"too large for this machine: expected [\d,]+ bytes at most.*; in .*w"
+        ):
+            use(path)
+    with pytest.raises(CheckpointError, match="too large for this machine"):
+        digest_of(folder / "weights.safetensors")
+    monkeypatch.setattr(memory, "machine_memory", lambda: None)
+    with pytest.raises(CheckpointError, match="expected 34,359,738,368 bytes at most"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+def test_the_digest_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(3 * 2**20 + 1))
+    assert digest_of(tmp_path / "x") == hashlib.sha256(bytes(3 * 2**20 + 1)).hexdigest()
 
 
 # -- metanetworks, saved networks, graph files -------------------------------------------------------------------------

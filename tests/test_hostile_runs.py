@@ -49,6 +49,41 @@ def test_links_do_not_lead_out(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "elsewhere").exists()
 
 
+CIRCLES: dict[str, dict[str, str]] = {
+    "itself": {"metrics.jsonl": "metrics.jsonl"},
+    "two": {"plots": "more", "more": "plots"},
+    "through a folder": {"plots": "more/deep", "more": "plots/deep"},
+    "a long way": {**{f"{step}": f"{step + 1}" for step in range(60)}, "60": "models"},
+    "a long name": {"plots": "x" * 300},
+    "through a file": {"plots": "recipe.yaml/deep"},
+}
+
+
+@pytest.mark.parametrize("shape", CIRCLES)
+def test_links_that_lead_nowhere(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shape: str
+) -> None:
+    """Python's own words for them differ from version to version, and some are no error of the system."""
+    for name, target in CIRCLES[shape].items():
+        (run / name).symlink_to(target)
+    recipe = (run / "recipe.yaml").read_text()
+    for use in (lambda: open_run(run), lambda: best(run), lambda: Run(run, recipe, resume=True)):
+        with pytest.raises(CheckpointError, match=r"a link that leads nowhere: got .*run/"):
+            use()
+    for command in ("report", "cost", "join"):
+        assert call(monkeypatch, command, str(run)) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_recipe_that_is_a_circle(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "recipe.yaml").unlink()
+    (run / "recipe.yaml").symlink_to("recipe.yaml")
+    for command in ("report", "cost", "join"):
+        assert call(monkeypatch, command, str(run)) == 2
+    with pytest.raises(GmnError, match="not a run folder, and not empty"):
+        Run(run, "recipe", overwrite=True)
+
+
 def test_links_inside_are_fine_and_the_folder_may_be_one(run: Path, tmp_path: Path) -> None:
     (run / "latest").symlink_to("models")
     (tmp_path / "link").symlink_to(run)
@@ -163,6 +198,22 @@ def test_results_of_another_form(tmp_path: Path) -> None:
     append_line(tmp_path / "results.jsonl", whole)
     with pytest.raises(CheckpointError, match="expected validation_accuracy: float; got None"):
         known()
+
+
+def test_a_recipe_that_is_a_hole(run: Path) -> None:
+    recipe = (run / "recipe.yaml").read_text()
+    os.truncate(run / "recipe.yaml", 2**40)
+    with pytest.raises(CheckpointError, match=r"the file is too large: .*recipe\.yaml"):
+        Run(run, recipe, resume=True)
+
+
+def test_the_zoo_of_another_run_is_a_hole(run: Path, tmp_path: Path) -> None:
+    """Its network is hashed, to see whether it is the one that was voted on."""
+    (run / "models" / "base").rename(tmp_path / "network")
+    os.truncate(tmp_path / "network" / "weights.safetensors", 2**42)
+    save_json(run / "voters.json", {"zoo": str(tmp_path), "network_sha256": "0" * 64})
+    with pytest.raises(CheckpointError, match="too large for this machine"):
+        side_by_side(run)
 
 
 def test_a_log_that_is_too_large(tmp_path: Path) -> None:

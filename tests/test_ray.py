@@ -22,13 +22,18 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import VOTE_TINY
+from evidence import evidence
+from test_away import small_matrix
 
 import gmn
+from gmn import pipeline
 from gmn.backbone import Backbone
 from gmn.data import Data
 from gmn.engine import HERE, Engine, engine_named
 from gmn.exits import verdict
 from gmn.ray_engine import RayEngine, ray_engine
+from gmn.recipe import load_recipe
 from gmn.settings_vote import FilterPruning
 from gmn.tasks import sample_tasks
 from gmn.zoo import Zoo
@@ -205,6 +210,23 @@ def test_a_stopped_build_gives_its_tasks_back(backbone: Backbone, digits: Data, 
     assert zoo.counts() == {"planned": 4, "done": 0, "failed": 0}
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["matrix", "vote"])
+def test_whole_recipes_are_those_of_one_process(
+    engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Report, logs, weights and files, with the threads that a worker has."""
+    monkeypatch.chdir(tmp_path)
+    few = [*VOTE_TINY, "zoo.tasks=4", "vote.neighbours=2", "report.baselines=[nearest]", "zoo.targets=1"]
+    recipe = load_recipe("graph-mask-voting", few) if kind == "vote" else small_matrix()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pipeline.meta_train(recipe, tmp_path / "here")
+    torch.set_num_threads(threads)
+    pipeline.meta_train(recipe, tmp_path / "there", engine=engine)
+    assert evidence(tmp_path / "there") == evidence(tmp_path / "here")
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -218,8 +240,9 @@ def test_mistakes_are_one_line(engine: RayEngine, monkeypatch: pytest.MonkeyPatc
     assert "did you mean 'ray'" in refused("rai")
     assert "--engine ray beside them" in refused("here", address="auto")
     assert "cpus or gpus above 0" in refused("ray", cpus=0.0)
-    said = refused("ray", address="127.0.0.1:1")  # one is connected already
-    assert "no Ray cluster to connect to" in said
-    assert "\n" not in said
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "127.0.0.1:99999", "nowhere.invalid:1"):
+        assert f"no Ray cluster to connect to: expected {address}; got " in refused("ray", address=address)
+    assert "ConnectionRefusedError" in refused("ray", address="127.0.0.1:1")
+    assert "no Ray cluster to connect to: got Maybe you called ray.init twice" in refused("ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "pip install gmn[ray]" in refused("ray")

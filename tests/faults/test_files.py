@@ -14,14 +14,18 @@ import os
 import signal
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
+from socket import gaierror
 from typing import Any
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from made_runs import CNN, built, call
 
-from gmn import checkpoint, pipeline, report
+from gmn import checkpoint, pipeline, processes, report
 from gmn.checkpoint import is_saved, load_json, load_tensors, save_json, save_model, save_tensors
 from gmn.errors import CheckpointError, GmnError, TrainingError
 from gmn.exits import Stopped, verdict
@@ -108,13 +112,31 @@ def test_temporary_files_of_the_dead_go(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in (*gone, *stays):
         (tmp_path / "deep" / name).touch()
-    assert sweep(tmp_path) == len(gone)
+    forgotten = tmp_path / "deep" / f".b.json.{there}.{dead}.tmp"  # of before a power cut, say
+    for path in (forgotten, tmp_path / "deep" / stays[0], tmp_path / "deep" / "a.tmp"):
+        path.touch()
+        os.utime(path, times=(0, 0))
+    assert sweep(tmp_path) == len(gone) + 1
     assert {path.name for path in (tmp_path / "deep").iterdir()} == set(stays)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / f".recipe.yaml.{here}.{dead}.tmp").write_text("killed at once")
     with Run(tmp_path / "run", "recipe", resume=True) as run:
         run.start()
     assert (tmp_path / "run" / "recipe.yaml").read_text() == "recipe"
+
+
+def test_two_machines_of_one_name_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is one that was started again: its old processes are not those of now."""
+    found = set[str]()
+    for start in ("first", "second", None):
+        monkeypatch.setattr(processes, "BOOT", tmp_path / str(start))
+        if start:
+            processes.BOOT.write_text(start)
+        machine.cache_clear()
+        found |= {machine(), machine()}
+    monkeypatch.undo()
+    machine.cache_clear()
+    assert len({*found, machine()}) == 4
 
 
 def test_a_resumed_run_logs_nothing_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +174,20 @@ CAUSES = {
     "mistake": (TrainingError("loss is not finite"), 2, "gmn: loss is not finite"),
     "full": (OSError(28, "No space left on device", "a"), 3, "gmn: No space left on device: a; what is finished is"),
     "read-only": (OSError(30, "Read-only file system", "a"), 3, "gmn: Read-only file system: a; what is finished is"),
+    "no host": (
+        URLError(OSError(-2, "Name not known")),
+        2,
+        "gmn: a connection failed: URLError: <urlopen error [Errno",
+    ),
+    "no server": (gaierror(-2, "Name not known"), 2, "gmn: a connection failed: gaierror: [Errno -2] Name not known"),
+    "no page": (
+        HTTPError("http://x", 404, "Not Found", Message(), None),
+        2,
+        "gmn: a connection failed: HTTPError: HTTP",
+    ),
+    "refused": (ConnectionRefusedError(111, "Refused"), 2, "gmn: a connection failed: ConnectionRefusedError: [Errno"),
+    "hub": (LocalEntryNotFoundError("offline\nmore"), 2, "gmn: a connection failed: LocalEntryNotFoundError: offline"),
+    "network disk": (TimeoutError(110, "Timed out", "a"), 3, "gmn: Timed out: a; what is finished is"),
     "no right": (PermissionError(13, "Permission denied", "a"), 3, "gmn: Permission denied: a; what is finished is"),
     "memory": (MemoryError(), 4, "gmn: out of memory; smaller batches"),
     "GPU": (torch.OutOfMemoryError("CUDA out of memory.\nMore"), 4, "gmn: out of memory: CUDA out of memory.; smaller"),
@@ -175,6 +211,17 @@ def test_one_line_and_an_exit_code(
     assert said.out == ""
     assert said.err.startswith(line)
     assert said.err.count("\n") == 1
+
+
+def test_a_pipe_that_nobody_reads_is_no_error(tmp_path: Path) -> None:
+    """As in `gmn zoo list | head`; rich and typer see to it, each in its own way."""
+    for arguments in (["--help"], ["convert", "cifar.resnet8", "-o", "g.safetensors"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-m", "gmn", *arguments]
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path)
+        os.close(writing)
+        assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 * Stopped after any step, a training ends with the weights, the averages and the log of one that was not stopped, with
   dropout, mixed images, averaged weights, warm-up and momentum; also when the newest file is damaged, or all are.
+* So does self-supervised training.
 * Two files are kept; a short training leaves none; seconds before the stop count.
 * Files of before the epoch that a run starts with are not used; those of another training are refused, not taken.
 """
@@ -18,11 +19,14 @@ import torch
 from test_training import dark_and_bright
 from torch import Tensor, nn
 
+import gmn
 from gmn import stages
 from gmn.bookmark import Bookmark, Place
 from gmn.checkpoint import load_tensors, save_tensors
 from gmn.errors import CheckpointError
 from gmn.settings import Fit
+from gmn.settings_vote import SimSiam
+from gmn.simsiam import pretrain
 from gmn.training import fit
 
 CONFIGS = {
@@ -113,6 +117,39 @@ def test_seconds_before_the_stop_count(tmp_path: Path) -> None:
         place, _ = bookmark.restore({"model": copy.deepcopy(model)}, optimizer, 0, 1, STEPS)
         stages.spend(place.since(0))
     assert 500 <= lines[0]["seconds"] < 501
+
+
+class Stopping(Bookmark):
+    """Ends the training when it has kept it so often."""
+
+    left = 3
+
+    def save(self, *state: Any) -> None:
+        super().save(*state)
+        self.left -= 1
+        if not self.left:
+            raise Stop
+
+
+def test_self_supervised_training_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In its second epoch of two steps each."""
+    split, options = gmn.load_data("digits", limit=64).train, {"width": 4, "shortcut": "B"}
+    config = SimSiam(epochs=2, batch_size=len(split) // 2, projection=16, bottleneck=8)
+
+    def train(bookmark: Bookmark | None) -> tuple[dict[str, Tensor], list[Any]]:
+        torch.manual_seed(0)
+        model = gmn.build_network("cifar.resnet8", num_classes=10, in_channels=1, options=options)
+        log: list[Any] = []
+        pretrain(model, split, config, torch.zeros(2, 1, 8, 8), seed=3, log=log.append, bookmark=bookmark)
+        return model.state_dict(), log
+
+    state, log = train(None)
+    with pytest.raises(Stop):
+        train(Stopping(tmp_path / "x", 1e-9))
+    again, rest = train(Bookmark(tmp_path / "x", 60.0))
+    assert "SimSiam goes on in epoch 2, after 1 steps" in capfd.readouterr().err
+    assert same(state, again)
+    assert rest == log[1:]
 
 
 def test_files_of_earlier_epochs_are_not_used(tmp_path: Path) -> None:

@@ -33,8 +33,13 @@ from gmn.simsiam import pretrain
 from gmn.training import evaluate, fit, make_optimizer, make_schedule
 
 
-def loop(gradients: list[float], losses: list[float] | None = None) -> tuple[float, list[dict[str, float]]]:
-    """One weight, from 0, with these gradients: its value at the end, and the log. The rate is 1, 1/2 after 2 steps."""
+def loop(
+    gradients: list[float], losses: list[float] | None = None, start: int = 0
+) -> tuple[float, list[dict[str, float]]]:
+    """One weight, from 0, with these gradients: its value at the end, and the log. The rate is 1, 1/2 after 2 steps.
+
+    Half of the gradients are the first epoch's; with `start` 1 it lies behind a resumed run.
+    """
     model, log = nn.Linear(1, 1, bias=False), []
     nn.init.zeros_(model.weight)
     config = Fit(epochs=2, lr=1.0, momentum=0.0, weight_decay=0.0, milestones=[1], gamma=0.5)
@@ -47,8 +52,9 @@ def loop(gradients: list[float], losses: list[float] | None = None) -> tuple[flo
     def batches(epoch: int) -> list[int]:
         return list(range(half * epoch, half * (epoch + 1)))
 
-    schedule = make_schedule(optimizer, config, half)
-    run_epochs(2, half, batches, step, optimizer, schedule, model=model, seed=0, title="mine", log=log.append)
+    schedule = make_schedule(optimizer, config, half, done=start * half)
+    more: dict[str, Any] = {"model": model, "seed": 0, "title": "mine", "log": log.append, "start": start}
+    run_epochs(2, half, batches, step, optimizer, schedule, **more)
     return model.weight.item(), log
 
 
@@ -69,6 +75,12 @@ def test_several_in_a_row_stop_the_training() -> None:
         loop([1.0, bad, bad, bad, bad, bad, 1.0, 1.0])
     with pytest.raises(TrainingError, match=r"in 2 steps in a row"):  # it has no more
         loop([bad, bad])
+
+
+def test_the_patience_of_a_resumed_training_is_that_of_the_whole() -> None:
+    """Two steps of four in a row are not all of them, wherever the training was resumed."""
+    for start in (0, 1):
+        assert loop([0.0, 0.0, math.nan, math.nan], start=start)[1][-1]["skipped"] == 2
 
 
 def test_norms_keep_their_statistics() -> None:
