@@ -28,7 +28,7 @@ from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
 from gmn.kernels import exact
 
-CHUNK_MB = {"cpu": 4.0}  # calls are few enough, and scratch is small; elsewhere many edges at a time
+CHUNK_MB = {"cpu": 1.0}  # fits into a core's cache; elsewhere many edges at a time
 LARGE_CHUNK_MB = 64.0
 KEEP_MB = 128.0
 

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gmn.blockwise import PLAIN
 from gmn.edge_tape import KEEP_MB, EdgeTape
 from gmn.errors import ConversionError
 from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import parametric
-from gmn.kernels import kernels_for
+from gmn.kernels import compiled
 from gmn.layers import MessageLayer
 
 RUNTIME = ("backend", "max_chunk_mb", "keep_mb", "bf16", "compile")  # how it runs, not what it is: not saved with it
@@ -108,7 +109,7 @@ class MetaNetwork(nn.Module):
         blocks = graph.spec.blocks
         decoders = [self.edge_decoders[b.kind] if own else None for b, own in zip(blocks, changes, strict=True)]
         encoders = [self.edge_encoders[block.kind] for block in blocks]
-        config, kernels = self.config, kernels_for(nodes.device, fused=self.config.compile)
+        config, kernels = self.config, compiled() if self.config.compile else PLAIN
         sizes = {"nodes": len(nodes), "hidden": config.hidden, "depth": config.layers}
         limits: dict[str, Any] = {"max_chunk_mb": config.max_chunk_mb, "keep_mb": config.keep_mb}
         limits["stored"] = torch.bfloat16 if config.bf16 else None
