@@ -106,7 +106,7 @@ def save_bytes(path: Path, content: bytes) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file of tensors as it lies there, read bit by bit; CheckpointError if it is far too large."""
+    """The SHA-256 of a file of tensors as it lies there, a piece at a time; CheckpointError if it is far too large."""
     refuse_too_large(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -5,14 +5,13 @@ What the index says is not trusted: a file is a regular file with a plain name i
 
 from __future__ import annotations
 
-import hashlib
 import os
 import reprlib
 import secrets
 import stat
 from pathlib import Path
 
-from gmn.checkpoint import save_bytes
+from gmn.checkpoint import digest_of, save_bytes
 from gmn.errors import CheckpointError
 from gmn.processes import temporary_name
 from gmn.zoo_format import Stored, encode, size_of
@@ -67,7 +66,7 @@ def check_file(path: Path, task: Task, *, checksum: bool) -> None:
     """CheckpointError if a file is too large, or has not the size or not the checksum that the index says."""
     try:
         size = size_of(path)
-        found = _digest(path) if checksum and size == task.bytes else task.sha256
+        found = digest_of(path) if checksum and size == task.bytes else task.sha256
     except OSError as error:  # no permission, a bad disk
         raise CheckpointError("cannot read the file", got=to_text(error), where=str(path)) from error
     if size != task.bytes:
@@ -76,11 +75,3 @@ def check_file(path: Path, task: Task, *, checksum: bool) -> None:
     if found != task.sha256:
         expected, got = f"{task.sha256[:16]}...", f"{found[:16]}..."
         raise CheckpointError("the file has another checksum", expected=expected, got=got, where=str(path))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
