@@ -339,8 +339,8 @@ def test_torn_lines_are_closed_before_the_next(tmp_path: Path) -> None:
 def test_only_what_was_added_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line of another process may be there in part; one that a killed process left stays torn."""
     path = tmp_path / "lines.jsonl"
-    tail, read, entries = Tail(path), list[bytes](), jsonl._entries
-    monkeypatch.setattr(jsonl, "_entries", lambda content: read.append(content) or entries(content))
+    tail, read, entries = Tail(path), list[bytes](), jsonl.entries
+    monkeypatch.setattr(jsonl, "entries", lambda content: read.append(content) or entries(content))
     assert list(tail.new()) == []
     append_line(path, {"a": 1})
     append_line(path, {"b": 2})
