@@ -361,7 +361,7 @@ def test_a_bad_disk(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("gmn.zoo_files._digest", fail)
+    monkeypatch.setattr("gmn.zoo_files.digest_of", fail)
     assert list(zoo.load_all()) == []
     assert "Input/output error" in zoo.verify()[2].what
 
