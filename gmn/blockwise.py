@@ -18,8 +18,9 @@ Messages that tie for an extreme share its gradient evenly, as in PyTorch Geomet
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def _received(
 
 
 class Kernels(NamedTuple):
-    """What is done to a chunk: as it stands here, or as `gmn.kernels` has it fused."""
+    """What is done to a chunk, as it stands here or as `torch.compile` fuses it."""
 
     both: Callable[[Tensor, Ends], tuple[Moments, Moments]]
     advance: Callable[[Tensor, Ends], None]
@@ -148,3 +149,21 @@ class Kernels(NamedTuple):
 
 
 PLAIN = Kernels(both, advance, backward)
+
+
+@functools.cache
+def compiled() -> Kernels:
+    """The kernels fused, for chunks of any shape; the first call takes a minute and, on a CPU, a C++ compiler."""
+    fused: list[Any] = [torch.compile(kernel, dynamic=True) for kernel in PLAIN]
+    return Kernels(*fused)
+
+
+def exact(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass outside of the caller's autocast: what it computes again must be what was, to the last bit."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run

@@ -42,8 +42,8 @@ class Chunk:
 def chunks(blocks: Sequence[EdgeBlock], hidden: int, elements: float) -> Iterator[tuple[Part, tuple[int, int, int]]]:
     """Cut blocks into parts [g, o, I] of at most so many numbers, or of one row."""
     for index, block in enumerate(blocks):
-        pieces, out, into, features = block.shape
-        width = max(hidden, features)  # a patch embedding has more features than the states have channels
+        pieces, out, into, _ = block.shape
+        width = _width(block, hidden)
         step_p = max(1, int(elements // (width * out * into)))
         step_o = out if step_p > 1 else max(1, int(elements // (width * into)))
         for p in range(0, pieces, step_p):
@@ -67,8 +67,7 @@ def grouped(
     for part, shape in chunks(blocks, hidden, elements):
         dst, src = _nodes(blocks[part.block], part, shape)
         groups = waiting.setdefault((shape, alike[part.block]), [])
-        width = max(hidden, blocks[part.block].shape[3])
-        most = max(1, int(elements // (width * math.prod(shape))))
+        most = max(1, int(elements // (_width(blocks[part.block], hidden) * math.prod(shape))))
         fits = (own for own in groups if len(own) < most and not any(_meet(dst, d) or _meet(src, s) for _, d, s in own))
         group = next(fits, None)
         if group is None:
@@ -77,6 +76,11 @@ def grouped(
             chosen.append((shape, group))
         group.append((part, dst, src))
     return tuple(_chunk(shape, group, device) for shape, group in chosen)
+
+
+def _width(block: EdgeBlock, hidden: int) -> int:
+    """Numbers that an edge has at most: a patch embedding has more features than states have channels."""
+    return max(hidden, block.shape[3])
 
 
 def _nodes(block: EdgeBlock, part: Part, shape: tuple[int, int, int]) -> tuple[Range, Range]:

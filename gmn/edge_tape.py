@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from gmn.blockwise import PLAIN, Ends, Kernels, Moments, Upstream, ties
+from gmn.blockwise import PLAIN, Ends, Kernels, Moments, Upstream, exact, ties
 from gmn.edge_chunks import Chunk, added, columns_of, grouped, placed, taken
 from gmn.edge_columns import Gradients, columns, parameters_of
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
-from gmn.kernels import exact
 
 CHUNK_MB = {"cpu": 1.0}  # fits into a core's cache; elsewhere many edges at a time
 LARGE_CHUNK_MB = 64.0
@@ -247,8 +246,10 @@ class _Layer(Function):
         found = [Moments(*(torch.full_like(sent, value) for value in (0, 0, -torch.inf, torch.inf))) for _ in range(2)]
         pairs = torch.stack((left, right), 2), torch.stack((right, left), 1)
         # detached: what autograd hands out must not be held by what it was made by
-        none = torch.zeros_like(sent)
-        kept = [Extremes(own.high.detach(), own.low.detach(), none.clone(), none.clone()) for own in found]
+        kept = [
+            Extremes(own.high.detach(), own.low.detach(), torch.zeros_like(sent), torch.zeros_like(sent))
+            for own in found
+        ]
         layer = Layer(sent, against, *pairs, *kept)
         if ctx.number in tape.kept:
             tape.kept[ctx.number] = [e.clone() for e in tape.states]

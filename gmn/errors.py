@@ -89,3 +89,11 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def size_within(path: Path, most: int, *, for_whom: str = "", since: str = "") -> int:
+    """Bytes of a file that is to be read; CheckpointError if they are more: a file with a hole may claim any size."""
+    if (size := path.stat().st_size) > most:
+        expected, got = f"{most:,} bytes at most{since}", f"{size:,}"
+        raise CheckpointError(f"the file is too large{for_whom}", expected=expected, got=got, where=str(path))
+    return size

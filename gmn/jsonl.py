@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gmn.distributed import leader_writes
-from gmn.errors import CheckpointError, naming
+from gmn.errors import CheckpointError, naming, size_within
 
 LARGEST = 100_000_000  # bytes
 
@@ -91,9 +91,7 @@ def entries(lines: bytes) -> Iterator[dict[str, Any]]:
 
 def refuse_large(path: Path) -> None:
     """CheckpointError if a file of JSON has more than 100 MB; OSError if there is none."""
-    if (size := path.stat().st_size) > LARGEST:
-        expected, got = f"{LARGEST:,} bytes at most", f"{size:,}"
-        raise CheckpointError("the file is too large", expected=expected, got=got, where=str(path))
+    size_within(path, LARGEST)
 
 
 def checked(content: Any, fields: Mapping[str, type], where: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from gmn.kernels import exact
+from gmn.blockwise import exact
 
 if TYPE_CHECKING:
     from gmn.edge_tape import EdgeTape

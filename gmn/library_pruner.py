@@ -88,7 +88,7 @@ def _one_error() -> Iterator[None]:
     """Whatever the library raises, as one error of ours."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # it raises whatever it met on its way
         raise PruningError("torch-pruning cannot follow the network", got=one_line(error), hint=LEAVE_OUT) from error
 
 

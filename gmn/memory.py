@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from gmn.errors import CheckpointError
+from gmn.errors import size_within
 
 UNKNOWN = 64 * 2**10
 """The memory, in MB, of a machine that does not say how much it has."""
@@ -26,10 +26,8 @@ def refuse_too_large(path: Path) -> None:
 
     Half of the machine's memory is the bound, since a network and the tensors it is filled with are there together.
     """
-    size, most = path.stat().st_size, int((machine_memory() or UNKNOWN) * 2**20) // 2
-    if size > most:
-        expected, got = f"{most:,} bytes at most, half of the memory", f"{size:,}"
-        raise CheckpointError("the file is too large for this machine", expected=expected, got=got, where=str(path))
+    most = int((machine_memory() or UNKNOWN) * 2**20) // 2
+    size_within(path, most, for_whom=" for this machine", since=", half of the memory")
 
 
 def memory_now() -> float:

@@ -16,12 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gmn.blockwise import PLAIN
+from gmn.blockwise import PLAIN, compiled
 from gmn.edge_tape import KEEP_MB, EdgeTape
 from gmn.errors import ConversionError
 from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import parametric
-from gmn.kernels import compiled
 from gmn.layers import MessageLayer
 
 RUNTIME = ("backend", "max_chunk_mb", "keep_mb", "bf16", "compile")  # how it runs, not what it is: not saved with it

@@ -119,7 +119,7 @@ class _Results:
 
     def __init__(self, path: Path) -> None:
         self.known: dict[tuple[Any, ...], Result] = {}
-        self._path, self._tail, self._zoos = path, Tail(path), dict[tuple[Any, ...], set[str]]()
+        self._path, self._tail = path, Tail(path)
 
     def look(self) -> None:
         """Read what was added; CheckpointError if a line has a trial's names but is not what gmn would have written."""
@@ -127,12 +127,11 @@ class _Results:
             if (result := {"zoo": "", **line}).keys() >= TRIAL.keys():  # an older gmn did not say with which zoo
                 checked(result, TYPES, self._path)
                 self.known[_key(result)] = result
-                self._zoos.setdefault(_key({**result, "zoo": ""}), set()).add(result["zoo"])
 
     def has_with_another_zoo(self, trial: Trial) -> bool:
-        """Whether the trial was made, but when other tasks could vote."""
-        zoos = self._zoos.get(_key({**dataclasses.asdict(trial), "zoo": ""}), set())
-        return bool(zoos - {trial.zoo})
+        """Whether a trial that is not known was made when other tasks could vote."""
+        wanted = dataclasses.asdict(trial)
+        return any(_key({**result, "zoo": trial.zoo}) == _key(wanted) for result in self.known.values())
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:

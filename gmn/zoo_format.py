@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gmn.checkpoint import FORMAT
-from gmn.errors import CheckpointError, GmnError
+from gmn.errors import CheckpointError, GmnError, size_within
 from gmn.zoo_task import IDENTITY, Task, is_text, to_task, to_text
 
 KIND = "gmn zoo task"
@@ -126,11 +126,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 def size_of(path: Path) -> int:
     """Bytes of a file; CheckpointError if it is too large to be read."""
-    size = path.stat().st_size
-    if size > LARGEST:
-        expected, got = f"{LARGEST:,} bytes at most", f"{size:,}"
-        raise CheckpointError("the file is too large", expected=expected, got=got, where=str(path))
-    return size
+    return size_within(path, LARGEST)
 
 
 def _mask(packed: Tensor, nodes: object, path: Path) -> Tensor:

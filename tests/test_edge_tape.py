@@ -217,7 +217,7 @@ MODELS = {
     "grouped": lambda: small(Residual(groups=3)),
     "resnet20": lambda: build_network("cifar.resnet20", num_classes=10, in_channels=3, options={"shortcut": "A"}),
 }
-OPTIONS = [{"backend": "pyg"}, {}, {"max_chunk_mb": 0.02}, {"keep_mb": 0.0}, {"compile": True}]
+OPTIONS = [{"backend": "pyg"}, {}, {"max_chunk_mb": 1e-3}, {"keep_mb": 0.0}, {"compile": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

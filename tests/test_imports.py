@@ -48,7 +48,7 @@ LAYERS = (
             "convert",
             "converters",
         ),
-        *("layers", "layers_pyg", "metanetwork", "blockwise", "kernels", "edge_chunks", "edge_columns", "edge_tape"),
+        *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_columns", "edge_tape"),
     },
     {"weight_statistics", "criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
     | {"similarity", "measures", "overlap", "wordnet"}
@@ -118,8 +118,7 @@ LAYERS = (
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-BLIND = ("metanetwork", "layers", "layers_pyg", "blockwise", "kernels", "edge_chunks", "edge_columns", "edge_tape")
-BLIND += ("vote",)
+BLIND = ("metanetwork", "layers", "layers_pyg", "blockwise", "edge_chunks", "edge_columns", "edge_tape", "vote")
 ARCHITECTURES = {"convert", "converters", "rules", "reader", "builder", "assemble", "flow", "records", "trace"} | {
     "cifar",
     "networks",
@@ -168,7 +167,7 @@ def test_the_metanetwork_sees_only_a_graph(name: str) -> None:
         tree = ast.parse((ROOT / "gmn" / f"{module}.py").read_text())
         waiting += sorted(set(imported(tree)) - seen)
     assert not seen & ARCHITECTURES
-    assert {"graph", "errors"} <= seen or name in ("blockwise", "kernels", "edge_columns")  # which see tensors only
+    assert {"graph", "errors"} <= seen or name in ("blockwise", "edge_columns")  # which see tensors only
 
 
 def test_the_rule_sees_imports_of_every_form() -> None:
