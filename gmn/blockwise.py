@@ -2,7 +2,7 @@
 
 Channels come first, so that every sum over a block's rows or columns is one pass over contiguous memory:
 e [b, O, I] holds the states of a chunk's edges, b = H hidden x G pieces, O targets, I sources. A vector of the targets
-is [b, O], one of the sources [b, I]; i counts targets, j sources.
+is [b, O, 1], one of the sources [b, 1, I]; i counts targets, j sources.
 
     along    m_ij  = B_j e_ij        reduced over j        against  m'_ij = B'_i e_ij      reduced over i
     advance  e_ij <- e_ij (1 + c_i d_j + d_i c_j)
@@ -41,7 +41,7 @@ class Upstream(NamedTuple):
     """Gradients of moments, and the extremes."""
 
     total: Tensor
-    squares: Tensor
+    twice_squares: Tensor
     high: Tensor
     low: Tensor
     highest: Tensor
@@ -51,9 +51,9 @@ class Upstream(NamedTuple):
 class Ends(NamedTuple):
     """What a layer knows of a chunk's nodes: B_j, B'_i, and (c, d) of the targets and (d, c) of the sources."""
 
-    sent: Tensor  # [b, I]
-    against: Tensor  # [b, O]
-    dst: Tensor  # [b, O, 2]
+    sent: Tensor  # [b, 1, I]
+    against: Tensor  # [b, O, 1]
+    dst: Tensor  # [b, 2, O]
     src: Tensor  # [b, 2, I]
 
 
@@ -67,7 +67,8 @@ def _equal(x: Tensor, y: Tensor, scratch: Tensor) -> Tensor:
 
 
 def product(t: Tensor, s: Tensor) -> Tensor:
-    """[b, O, I]: t_0 s_0 + t_1 s_1, of t [b, O, 2] and s [b, 2, I]."""
+    """[b, O, I]: t_0 s_0 + t_1 s_1, of t [b, 2, O] and s [b, 2, I]."""
+    t = t.transpose(1, 2)
     if _broadcast(t.shape[1] * s.shape[2]):
         return (t[:, :, :1] * s[:, :1]).addcmul_(t[:, :, 1:], s[:, 1:])
     return torch.bmm(t, s)
@@ -81,18 +82,18 @@ def over_targets(x: Tensor, v: Tensor) -> Tensor:
 
 
 def over_sources(x: Tensor, v: Tensor) -> Tensor:
-    """[b, 2, O]: sum_j v_kj x_ij."""
+    """[b, 2, O]: sum_j v_kj x_ij, of v [b, 2, I]."""
     return over_targets(x.transpose(1, 2), v)
 
 
-def advance(e: Tensor, ends: Ends) -> None:
+def advance(e: Tensor, dst: Tensor, src: Tensor) -> None:
     """The edges' step, in place: e (1 + c_i d_j + d_i c_j)."""
-    e.addcmul_(e, product(ends.dst, ends.src))
+    e.addcmul_(e, product(dst, src))
 
 
 def moments(e: Tensor, sent: Tensor, axis: int) -> Moments:
     """Moments of sent * e over an axis, 2: over sources, 1: over targets."""
-    m = e * sent.unsqueeze(3 - axis)
+    m = e * sent
     total, high, low = m.sum(axis), m.amax(axis), m.amin(axis)
     return Moments(total, m.mul_(m).sum(axis), high, low)
 
@@ -104,13 +105,11 @@ def both(e: Tensor, ends: Ends) -> tuple[Moments, Moments]:
 
 def ties(e: Tensor, sent: Tensor, extreme: Tensor, axis: int) -> Tensor:
     """How many of a node's messages are the extreme."""
-    return ((e * sent.unsqueeze(3 - axis)) == extreme.unsqueeze(axis)).sum(axis).to(e.dtype)
+    return ((e * sent) == extreme).sum(axis).to(e.dtype)
 
 
 def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upstream, *, shared: bool) -> Ends:
     """Gradients of the vectors of a chunk's nodes; `grad` [b, O, I], of the layer's e, becomes that of e before it.
-
-    In what is returned, `dst` is [b, 2, O] for c_i, d_i, and `src` [b, 2, I] for d_j, c_j.
 
     Args:
         e: The states before the layer.
@@ -119,10 +118,10 @@ def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upst
     """
     ds = grad * e
     dst = over_sources(ds, ends.src)
-    src = over_targets(ds, ends.dst.transpose(1, 2))
-    advance(grad, ends)
-    sent = _received(e, grad, ends.sent[:, None, :], along, 2, ds, shared)
-    back = _received(e, grad, ends.against[:, :, None], against, 1, ds, shared)
+    src = over_targets(ds, ends.dst)
+    advance(grad, ends.dst, ends.src)
+    sent = _received(e, grad, ends.sent, along, 2, ds, shared)
+    back = _received(e, grad, ends.against, against, 1, ds, shared)
     return Ends(sent, back, dst, src)
 
 
@@ -130,12 +129,12 @@ def _received(
     e: Tensor, grad: Tensor, factor: Tensor, upstream: Upstream, axis: int, scratch: Tensor, shared: bool
 ) -> Tensor:
     """The part of the messages m = factor * e: added to `grad`; returns that of the sender's factor."""
-    total, squares, high, low, highest, lowest = (value.unsqueeze(axis) for value in upstream)
+    total, twice_squares, high, low, highest, lowest = upstream
     m = e * factor
-    dm = (m * (2 * squares)).add_(total)  # addcmul takes five times as long on such broadcasts
+    dm = (m * twice_squares).add_(total)  # addcmul takes five times as long on such broadcasts
     for extreme, share in ((highest, high), (lowest, low)):
         at = _equal(m, extreme, scratch)
-        dm.addcmul_(at, share if shared else share / at.sum(axis, keepdim=True).clamp(min=1))
+        dm.addcmul_(at, share if shared else share / at.sum(axis, keepdim=True).clamp_(min=1))
     grad.addcmul_(dm, factor)
     return dm.mul_(e).sum(3 - axis)
 
@@ -144,7 +143,7 @@ class Kernels(NamedTuple):
     """What is done to a chunk, as it stands here or as `torch.compile` fuses it."""
 
     both: Callable[[Tensor, Ends], tuple[Moments, Moments]]
-    advance: Callable[[Tensor, Ends], None]
+    advance: Callable[[Tensor, Tensor, Tensor], None]
     backward: Callable[..., Ends]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from gmn.errors import ConversionError
@@ -20,11 +22,32 @@ def columns(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return torch.addmm(module.bias[:, None], module.weight, x)
     if isinstance(module, nn.LayerNorm) and not module.elementwise_affine:
-        centred = x - x.mean(0, keepdim=True)  # var_mean over the first axis takes nine times as long
-        return centred * torch.rsqrt((centred * centred).mean(0, keepdim=True) + module.eps)
+        return _Normed.apply(x, module.eps)  # type: ignore[no-any-return]
     if isinstance(module, nn.SiLU):
         return F.silu(x)
     raise TypeError(f"no rule for {module} on columns")
+
+
+class _Normed(Function):
+    """LayerNorm of every column, y = (x - mean) scale:  dx = scale (dy - mean(dy) - y mean(y dy)).
+
+    In half the passes of torch's own over rows that are strided, and of autograd's over the formula.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        y = x - x.mean(0, keepdim=True)
+        scale = torch.rsqrt((y * y).mean(0, keepdim=True) + eps)
+        y.mul_(scale)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (y, scale) = grads, ctx.saved_tensors
+        work = y * grad
+        work = torch.sub(grad, y * work.mean(0, keepdim=True), out=work)
+        return work.sub_(grad.mean(0, keepdim=True)).mul_(scale), None
 
 
 def parameters_of(modules: Sequence[nn.Module | None]) -> list[Tensor]:

@@ -14,16 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from gmn.blockwise import PLAIN, Ends, Kernels, Moments, Upstream, exact, ties
-from gmn.edge_chunks import Chunk, added, columns_of, grouped, placed, taken
+from gmn.blockwise import PLAIN, Ends, Kernels, Upstream, exact, ties
+from gmn.edge_chunks import columns_of
 from gmn.edge_columns import Gradients, columns, parameters_of
+from gmn.edge_sections import Collected, Section, sections
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
 
@@ -35,25 +35,18 @@ KEEP_MB = 128.0
 USED_UP = "the graph of the metanetwork was used up by an earlier backward pass"
 
 
-class Extremes(NamedTuple):
-    """Of all messages that nodes get [H, N], and how many chunks have one that is."""
+class Layer(NamedTuple):
+    """What the backward pass needs of a layer.
 
-    high: Tensor
-    low: Tensor
-    high_chunks: Tensor
-    low_chunks: Tensor
+    Attributes:
+        nodes: [H, N] and [H, 2, N], of all nodes.
+        extremes: [H, N]: high and low of the messages along the edges, and of those against them.
+        crossed: Whether a node finds one of its extremes in several chunks.
+    """
 
-
-@dataclass(frozen=True)
-class Layer:
-    """What the backward pass needs of a layer: node vectors [H, N], and the extremes."""
-
-    sent: Tensor
-    against: Tensor
-    dst: Tensor  # [H, N, 2]: c, d
-    src: Tensor  # [H, 2, N]: d, c
-    along: Extremes
-    back: Extremes
+    nodes: Ends
+    extremes: tuple[Tensor, ...]
+    crossed: Tensor
 
 
 class EdgeTape:
@@ -101,7 +94,9 @@ class EdgeTape:
         megabytes = max_chunk_mb or CHUNK_MB.get(sample.device.type, LARGE_CHUNK_MB)
         known: dict[Any, int] = {}  # blocks of one encoder and decoder have one number
         alike = tuple(known.setdefault((e, d), len(known)) for e, d in zip(encoders, decoders, strict=True))
-        self.chunks = grouped(tuple(blocks), alike, hidden, megabytes * 2**20 / sample.element_size(), sample.device)
+        elements = megabytes * 2**20 / sample.element_size()
+        self.sections = sections(tuple(blocks), alike, hidden, nodes, elements, sample.device)
+        self.chunks = [chunk for section in self.sections for chunk in section.chunks]
         self.in_degree, self.out_degree = (sample.new_zeros(nodes) for _ in range(2))
         for block in blocks:
             _, out, into, _ = block.shape
@@ -135,56 +130,51 @@ class EdgeTape:
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
-    def own(self, vector: Tensor, nodes: slice | Tensor, chunk: Chunk) -> Tensor:
-        """[b, n] of a chunk from [H, N]."""
-        return taken(vector, 1, nodes).reshape(self.hidden * chunk.shape[0], -1)
+    def ends(self, nodes: Ends, section: Section) -> list[Ends]:
+        """Of each chunk of a section, from those of all nodes."""
+        targets, sources = section.targets, section.sources
+        vectors = sources.spread(nodes.sent), targets.spread(nodes.against)
+        pairs = targets.spread_pairs(nodes.dst), sources.spread_pairs(nodes.src)
+        return [Ends(*own) for own in zip(*vectors, *pairs, strict=True)]
 
-    def ends(self, layer: Layer, chunk: Chunk) -> Ends:
-        g = chunk.shape[0]
-        dst = taken(layer.dst, 1, chunk.dst).reshape(self.hidden * g, -1, 2)
-        src = taken(layer.src, 2, chunk.src)
-        if g > 1:
-            src = src.reshape(self.hidden, 2, g, -1).transpose(1, 2).reshape(self.hidden * g, 2, -1)
-        return Ends(self.own(layer.sent, chunk.src, chunk), self.own(layer.against, chunk.dst, chunk), dst, src)
+    def rebuilt(self, section: Section, layers: int) -> Iterator[Tensor]:
+        """[b, O, I] of each chunk: its states after so many layers; bit for bit what they were."""
+        start = max((layer for layer, kept in self.kept.items() if kept and layer <= layers), default=0)
+        steps = [
+            zip(section.targets.spread_pairs(nodes.dst), section.sources.spread_pairs(nodes.src), strict=True)
+            for nodes, *_ in self.layers[start:layers]
+        ]
+        for number in range(len(self.chunks))[section.numbers]:
+            e = self.kept[start][number].to(self.dtype, copy=start < layers) if start else self.encoded(number)
+            for pairs in steps:
+                self.kernels.advance(e, *next(pairs))
+                self.round(e)
+            yield e
 
-    def rebuilt(self, number: int, layers: int) -> Tensor:
-        """[b, o, I]: the states of the chunk of that number after so many layers; bit for bit what they were."""
+    def encoded(self, number: int) -> Tensor:
+        """[b, O, I]: the states of the chunk of that number before all layers."""
         chunk = self.chunks[number]
         g, rows, into = chunk.shape
-        start = max((layer for layer, kept in self.kept.items() if kept and layer <= layers), default=0)
         with torch.no_grad():
-            if start:
-                e = self.kept[start][number].to(self.dtype, copy=start < layers)
-            else:
-                e = columns(self.encoders[chunk.block], columns_of(self.features, chunk)).view(
-                    self.hidden * g, rows, into
-                )
-                self.round(e)
-            for layer in self.layers[start:layers]:
-                self.kernels.advance(e, self.ends(layer, chunk))
-                self.round(e)
+            e = columns(self.encoders[chunk.block], columns_of(self.features, chunk)).view(self.hidden * g, rows, into)
+        self.round(e)
         return e
-
-    def ties_cross_chunks(self, number: int) -> bool:
-        """Whether a node's extreme of that layer is found in several chunks, as equal weights may have it."""
-        layer = self.layers[number]
-        counts = [count for found in (layer.along, layer.back) for count in (found.high_chunks, found.low_chunks)]
-        return bool((torch.stack(counts) > 1).any())
 
     def shared_by_ties(self, number: int, along: Upstream, against: Upstream) -> tuple[Upstream, Upstream]:
         """Gradients of the extremes [H, N], divided by the number of messages that are; these are counted here."""
-        layer, of_all = self.layers[number], [torch.zeros_like(along.high) for _ in range(4)]
-        for index, chunk in enumerate(self.chunks):
-            e, ends = self.rebuilt(index, number), self.ends(layer, chunk)
-            for count, sent, extreme, nodes, axis in (
-                (of_all[0], ends.sent, along.highest, chunk.dst, 2),
-                (of_all[1], ends.sent, along.lowest, chunk.dst, 2),
-                (of_all[2], ends.against, against.highest, chunk.src, 1),
-                (of_all[3], ends.against, against.lowest, chunk.src, 1),
+        layer, counts = self.layers[number], [torch.zeros_like(along.high) for _ in range(4)]
+        for section in self.sections:
+            ways = (section.targets, 2, (along.highest, along.lowest)), (section.sources, 1, against[4:])
+            extremes = [(side, axis, side.spread(extreme)) for side, axis, both in ways for extreme in both]
+            found: list[list[Tensor]] = [[] for _ in counts]
+            for at, (e, ends) in enumerate(
+                zip(self.rebuilt(section, number), self.ends(layer.nodes, section), strict=True)
             ):
-                own = ties(e, sent, self.own(extreme, nodes, chunk), axis)
-                added(count, nodes, own.reshape(self.hidden, -1))
-        high, low, back_high, back_low = (count.clamp(min=1) for count in of_all)
+                for own, (_, axis, extreme) in zip(found, extremes, strict=True):
+                    own.append(ties(e, ends.sent if axis == 2 else ends.against, extreme[at], axis))
+            for count, own, (side, *_) in zip(counts, found, extremes, strict=True):
+                side.add(count, own)
+        high, low, back_high, back_low = (count.clamp(min=1) for count in counts)
         return (
             along._replace(high=along.high / high, low=along.low / low),
             against._replace(high=against.high / back_high, low=against.low / back_low),
@@ -220,7 +210,7 @@ class _Encode(Function):
     def forward(ctx: Any, tape: EdgeTape, *parameters: Tensor) -> Tensor:
         ctx.tape = tape
         ctx.save_for_backward(*parameters)
-        tape.states = [tape.rebuilt(number, 0).to(tape.stored) for number in range(len(tape.chunks))]
+        tape.states = [tape.encoded(number).to(tape.stored) for number in range(len(tape.chunks))]
         return tape.features[0].new_zeros(())
 
     @staticmethod
@@ -243,29 +233,23 @@ class _Layer(Function):
     ) -> tuple[Tensor, ...]:
         ctx.tape, ctx.number = tape, len(tape.layers)
         sent, against, left, right = (v.detach() for v in (sent, against, left, right))
-        found = [Moments(*(torch.full_like(sent, value) for value in (0, 0, -torch.inf, torch.inf))) for _ in range(2)]
-        pairs = torch.stack((left, right), 2), torch.stack((right, left), 1)
-        # detached: what autograd hands out must not be held by what it was made by
-        kept = [
-            Extremes(own.high.detach(), own.low.detach(), torch.zeros_like(sent), torch.zeros_like(sent))
-            for own in found
-        ]
-        layer = Layer(sent, against, *pairs, *kept)
+        nodes = Ends(sent, against, torch.stack((left, right), 1), torch.stack((right, left), 1))
+        along, back = Collected(sent), Collected(sent)
         if ctx.number in tape.kept:
             tape.kept[ctx.number] = [e.clone() for e in tape.states]
-        for chunk, state in zip(tape.chunks, tape.states, strict=True):
-            ends = tape.ends(layer, chunk)
-            with tape.opened(state) as e:
-                each = tape.kernels.both(e, ends)
-                tape.kernels.advance(e, ends)
-            for total, own, nodes, at in zip(found, each, (chunk.dst, chunk.src), kept, strict=True):
-                _join(total, own, nodes, at if tape.keeps else None)
-        for own in found:  # nodes without a message
-            own.high.masked_fill_(own.high == -torch.inf, 0.0)
-            own.low.masked_fill_(own.low == torch.inf, 0.0)
-        if tape.keeps:
-            tape.layers.append(layer)
-        return token.clone(), *(x for own in found for x in own)
+        for section in tape.sections:
+            each = []
+            for state, ends in zip(tape.states[section.numbers], tape.ends(nodes, section), strict=True):
+                with tape.opened(state) as e:
+                    each.append(tape.kernels.both(e, ends))
+                    tape.kernels.advance(e, ends.dst, ends.src)
+            along.add(section.targets, [own for own, _ in each])
+            back.add(section.sources, [own for _, own in each])
+        crossed = along.finish(tape.in_degree) | back.finish(tape.out_degree)
+        if tape.keeps:  # detached: what autograd hands out must not be held by what it was made by
+            extremes = tuple(x.detach() for own in (along, back) for x in own.of_all[2:])
+            tape.layers.append(Layer(nodes, extremes, crossed))
+        return token.clone(), *along.of_all, *back.of_all
 
     @staticmethod
     @exact
@@ -274,32 +258,34 @@ class _Layer(Function):
         tape: EdgeTape = ctx.tape
         if ctx.number >= len(tape.layers):
             raise ConversionError(USED_UP)
-        layer, shared = tape.layers[ctx.number], tape.ties_cross_chunks(ctx.number)
-        along, against = _upstream(grads_of_moments[:4], layer.along), _upstream(grads_of_moments[4:], layer.back)
+        nodes, extremes, crossed = tape.layers[ctx.number]
+        along, against = _upstream(grads_of_moments[:4], extremes[:2]), _upstream(grads_of_moments[4:], extremes[2:])
+        shared = bool(crossed)
         if shared:
             along, against = tape.shared_by_ties(ctx.number, along, against)
-        sent, back, left, right = (torch.zeros_like(layer.sent) for _ in range(4))
-        for number, (chunk, buffer) in enumerate(zip(tape.chunks, tape.take_gradients(), strict=True)):
-            g, e, ends = chunk.shape[0], tape.rebuilt(number, ctx.number), tape.ends(layer, chunk)
-            at_dst = Upstream(*(tape.own(v, chunk.dst, chunk) for v in along))
-            at_src = Upstream(*(tape.own(v, chunk.src, chunk) for v in against))
-            with tape.opened(buffer) as grad:
-                own = tape.kernels.backward(e, grad, ends, at_dst, at_src, shared=shared)
-            targets, sources = (
-                v.reshape(tape.hidden, g, 2, -1).transpose(1, 2).reshape(tape.hidden, 2, -1) for v in own[2:]
+        total = Ends(*(torch.zeros_like(v) for v in nodes))
+        for section in tape.sections:
+            targets, sources = section.targets, section.sources
+            at_dst = zip(*(targets.spread(v) for v in along), strict=True)
+            at_src = zip(*(sources.spread(v) for v in against), strict=True)
+            found = []
+            chunks = (
+                tape.take_gradients()[section.numbers],
+                tape.ends(nodes, section),
+                tape.rebuilt(section, ctx.number),
             )
-            for total, at, value in (
-                (sent, chunk.src, own.sent.reshape(tape.hidden, -1)),
-                (back, chunk.dst, own.against.reshape(tape.hidden, -1)),
-                (left, chunk.dst, targets[:, 0]),
-                (right, chunk.dst, targets[:, 1]),
-                (left, chunk.src, sources[:, 1]),
-                (right, chunk.src, sources[:, 0]),
-            ):
-                added(total, at, value)
+            for buffer, ends, e in zip(*chunks, strict=True):
+                upstream = Upstream(*next(at_dst)), Upstream(*next(at_src))
+                with tape.opened(buffer) as grad:
+                    found.append(tape.kernels.backward(e, grad, ends, *upstream, shared=shared))
+            sources.add(total.sent, [own.sent for own in found])
+            targets.add(total.against, [own.against for own in found])
+            targets.add_pairs(total.dst, [own.dst for own in found])
+            sources.add_pairs(total.src, [own.src for own in found])
         del tape.layers[ctx.number :]
         tape.kept.pop(ctx.number, None)
-        return None, token, sent, back, left, right
+        left, right = (total.dst + total.src.flip(1)).unbind(1)
+        return None, token, total.sent, total.against, left, right
 
 
 class _Decode(Function):
@@ -343,22 +329,6 @@ class _Decode(Function):
         return None, None, grads[0].new_zeros(()), *total.of_all
 
 
-def _join(found: Moments, own: Moments, nodes: slice | Tensor, at: Extremes | None) -> None:
-    """Add a chunk's moments to those of all nodes; `at` counts the chunks that have an extreme."""
-    total, squares, high, low = (value.reshape(len(found.total), -1) for value in own)
-    added(found.total, nodes, total)
-    added(found.squares, nodes, squares)
-    for extreme, value, better, count in (
-        (found.high, high, torch.maximum, at and at.high_chunks),
-        (found.low, low, torch.minimum, at and at.low_chunks),
-    ):
-        old = taken(extreme, 1, nodes)
-        best = better(old, value)
-        if count is not None:
-            placed(count, nodes, taken(count, 1, nodes) * (old == best) + (value == best))
-        placed(extreme, nodes, best)
-
-
-def _upstream(grads: Sequence[Tensor], found: Extremes) -> Upstream:
+def _upstream(grads: Sequence[Tensor], extremes: Sequence[Tensor]) -> Upstream:
     total, squares, high, low = grads
-    return Upstream(total, squares, high, low, found.high, found.low)
+    return Upstream(total, 2 * squares, high, low, *extremes)

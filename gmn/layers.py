@@ -76,10 +76,7 @@ def update_of(weight: Tensor, bias: Tensor, in_degree: Tensor, out_degree: Tenso
 
 
 class _Update(Function):
-    """`update_of`, computed again in the backward pass: forty node vectors per layer would be most of the memory.
-
-    torch.utils.checkpoint does the same and imports the compiler for it, which weighs more than is saved here.
-    """
+    """`update_of`, which keeps none of its forty node vectors per layer: they would be most of the memory."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -89,12 +86,15 @@ class _Update(Function):
     @staticmethod
     @exact
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        wanted = ctx.needs_input_grad
-        tensors = [x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)]
-        with torch.enable_grad():
-            update = update_of(*tensors)
-        found = iter(torch.autograd.grad(update, [x for x in tensors if x.requires_grad], grads))
-        return tuple(next(found) if w else None for w in wanted)
+        (grad,) = grads
+        weight, _, in_degree, out_degree, factor, *found = ctx.saved_tensors
+        ways = (found[:4], in_degree), (found[4:], out_degree)
+        along, against = (statistics(factor, moments, degree) for moments, degree in ways)
+        back = weight.T @ grad
+        of_factor, *of_along = statistics_backward(factor, *ways[0], along, back)
+        other, *of_against = statistics_backward(factor, *ways[1], against, back)
+        of_weight = grad @ along.add_(against).T
+        return of_weight, 2 * grad.sum(1), None, None, of_factor.add_(other), *of_along, *of_against
 
 
 def statistics(factor: Tensor, moments: Sequence[Tensor], degree: Tensor) -> Tensor:
@@ -113,3 +113,20 @@ def statistics(factor: Tensor, moments: Sequence[Tensor], degree: Tensor) -> Ten
     positive = factor >= 0
     extremes = factor * torch.where(positive, high, low), factor * torch.where(positive, low, high)
     return torch.cat([mean, std, *extremes])
+
+
+def statistics_backward(
+    factor: Tensor, moments: Sequence[Tensor], degree: Tensor, found: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the factor and of the moments, from those of the statistics [4H, N] that were found."""
+    (total, squares, high, low), count = moments, degree.clamp(min=1)
+    mean, std, _, _ = found.chunk(4)
+    of_mean, of_std, of_max, of_min = grad.chunk(4)
+    of_var = (of_std / (2 * std)).masked_fill_(std == 0, 0.0)
+    of_mean = torch.addcmul(of_mean, mean, of_var, value=-2).div_(count)
+    of_var = of_var.div_(count)
+    positive = factor >= 0
+    of_high, of_low = torch.where(positive, of_max, of_min), torch.where(positive, of_min, of_max)
+    of_squares = factor * of_var
+    of_factor = (total * of_mean).addcmul_(of_squares, squares, value=2).addcmul_(of_high, high).addcmul_(of_low, low)
+    return of_factor, of_mean.mul_(factor), of_squares.mul_(factor), of_high.mul_(factor), of_low.mul_(factor)

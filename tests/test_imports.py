@@ -48,7 +48,16 @@ LAYERS = (
             "convert",
             "converters",
         ),
-        *("layers", "layers_pyg", "metanetwork", "blockwise", "edge_chunks", "edge_columns", "edge_tape"),
+        *(
+            "layers",
+            "layers_pyg",
+            "metanetwork",
+            "blockwise",
+            "edge_chunks",
+            "edge_sections",
+            "edge_columns",
+            "edge_tape",
+        ),
     },
     {"weight_statistics", "criteria", "members", "scores", "limits", "savings", "surgery", "ranking", "costs", "vote"}
     | {"similarity", "measures", "overlap", "wordnet"}
@@ -118,7 +127,17 @@ LAYERS = (
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-BLIND = ("metanetwork", "layers", "layers_pyg", "blockwise", "edge_chunks", "edge_columns", "edge_tape", "vote")
+BLIND = (
+    "metanetwork",
+    "layers",
+    "layers_pyg",
+    "blockwise",
+    "edge_chunks",
+    "edge_sections",
+    "edge_columns",
+    "edge_tape",
+    "vote",
+)
 ARCHITECTURES = {"convert", "converters", "rules", "reader", "builder", "assemble", "flow", "records", "trace"} | {
     "cifar",
     "networks",

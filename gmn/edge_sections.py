@@ -1,0 +1,170 @@
+"""Node vectors as the chunks of a graph read them.
+
+A chunk [b, O, I] (b = H hidden x g pieces) reads vectors of its targets as [b, O, 1] and of its sources as [b, 1, I].
+One side of a section, which is many chunks, is one index into node vectors [H, N]: they are gathered for all its chunks
+at once, and what all have to say of nodes is added up at once. Chunk by chunk that takes longer than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gmn.address import Range
+from gmn.blockwise import Moments
+from gmn.edge_chunks import Chunk, grouped
+from gmn.graph import EdgeBlock
+
+SECTION = 2**20  # numbers of a node vector, spread over both sides of a section
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The targets, or the sources, of some chunks.
+
+    Attributes:
+        index: Of each number that the chunks read, one after the other, the place in [H, N].
+        pairs: The same in [H, 2, N].
+        shapes: Of a vector in each chunk.
+        sizes: Of each shape.
+    """
+
+    index: Tensor
+    pairs: Tensor
+    shapes: tuple[tuple[int, int, int], ...]
+    sizes: tuple[int, ...]
+
+    def spread(self, vector: Tensor) -> list[Tensor]:
+        """[b, O, 1] or [b, 1, I] of each chunk, from [H, N]."""
+        parts = self.gathered(vector).split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def spread_pairs(self, vectors: Tensor) -> list[Tensor]:
+        """[b, 2, n] of each chunk, from [H, 2, N]."""
+        parts = vectors.reshape(-1).index_select(0, self.pairs).split([2 * size for size in self.sizes])
+        return [part.view(shape[0], 2, -1) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def gathered(self, vector: Tensor) -> Tensor:
+        """What the chunks read of [H, N], in a row."""
+        return vector.reshape(-1).index_select(0, self.index)
+
+    def add(self, total: Tensor, own: Sequence[Tensor]) -> None:
+        """Add [b, n] of each chunk to [H, N]."""
+        total.view(-1).index_add_(0, self.index, in_a_row(own))
+
+    def add_pairs(self, total: Tensor, own: Sequence[Tensor]) -> None:
+        """Add [b, 2, n] of each chunk to [H, 2, N]."""
+        total.view(-1).index_add_(0, self.pairs, in_a_row(own))
+
+    def extend(self, high: Tensor, low: Tensor, highs: Tensor, lows: Tensor) -> None:
+        """Maxima and minima of [H, N] and of numbers in a row, in place."""
+        index = self.index.long()
+        high.view(-1).scatter_reduce_(0, index, highs, "amax")
+        low.view(-1).scatter_reduce_(0, index, lows, "amin")
+
+
+class Collected:
+    """Moments [H, N] of all messages that nodes get, from those that get to each chunk's.
+
+    Args:
+        like: [H, N].
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.of_all = Moments(*(torch.full_like(like, value) for value in (0, 0, -torch.inf, torch.inf)))
+        self.rows: list[tuple[Side, Tensor, Tensor]] = []
+
+    def add(self, side: Side, own: Sequence[Moments]) -> None:
+        """Those of the chunks of a section."""
+        totals, squares, *extremes = zip(*own, strict=True)
+        side.add(self.of_all.total, totals)
+        side.add(self.of_all.squares, squares)
+        highs, lows = (in_a_row(each) for each in extremes)
+        side.extend(self.of_all.high, self.of_all.low, highs, lows)
+        self.rows.append((side, highs, lows))
+
+    def finish(self, degree: Tensor) -> Tensor:
+        """Zeros for nodes without messages; whether a node finds one of its extremes in several chunks.
+
+        Equal weights may have it so: then more chunks have an extreme than there are nodes with messages.
+        """
+        *_, high, low = self.of_all
+        for extreme in (high, low):
+            extreme.masked_fill_(degree == 0, 0.0)
+        highest = torch.stack([(side.gathered(high) == row).sum() for side, row, _ in self.rows]).sum()
+        lowest = torch.stack([(side.gathered(low) == row).sum() for side, _, row in self.rows]).sum()
+        return torch.maximum(highest, lowest) > len(high) * (degree > 0).sum()
+
+
+def in_a_row(values: Sequence[Tensor]) -> Tensor:
+    """What each chunk says, one after the other."""
+    return torch.cat([value.reshape(-1) for value in values])
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """Consecutive chunks, the number of the first one, and their ends."""
+
+    first: int
+    chunks: tuple[Chunk, ...]
+    targets: Side
+    sources: Side
+
+    @property
+    def numbers(self) -> slice:
+        """Of its chunks, among those of all sections."""
+        return slice(self.first, self.first + len(self.chunks))
+
+
+@functools.lru_cache(maxsize=16)  # a metanetwork meets the same graphs again and again
+def sections(
+    blocks: tuple[EdgeBlock, ...],
+    alike: tuple[Hashable, ...],
+    hidden: int,
+    nodes: int,
+    elements: float,
+    device: torch.device,
+) -> tuple[Section, ...]:
+    """All edges of a graph of so many nodes, in chunks of at most so many numbers.
+
+    Args:
+        alike: Of each block, what blocks of one chunk must have in common.
+    """
+    made: list[Section] = []
+    waiting: list[Chunk] = []
+    size, first = 0, 0
+    for chunk in grouped(blocks, alike, hidden, elements):
+        g, rows, into = chunk.shape
+        own = hidden * g * (rows + into)
+        if waiting and size + own > SECTION:
+            made.append(_section(first, waiting, hidden, nodes, device))
+            waiting, size, first = [], 0, first + len(waiting)
+        waiting.append(chunk)
+        size += own
+    return (*made, _section(first, waiting, hidden, nodes, device))
+
+
+def _section(first: int, own: Sequence[Chunk], hidden: int, nodes: int, device: torch.device) -> Section:
+    targets = _side([c.targets for c in own], [(hidden * c.shape[0], c.shape[1], 1) for c in own], nodes, device)
+    sources = _side([c.sources for c in own], [(hidden * c.shape[0], 1, c.shape[2]) for c in own], nodes, device)
+    return Section(first, tuple(own), targets, sources)
+
+
+def _side(
+    ranges: Sequence[Sequence[Range]], shapes: list[tuple[int, int, int]], nodes: int, device: torch.device
+) -> Side:
+    index, pairs = [], []
+    for own, shape in zip(ranges, shapes, strict=True):
+        at = torch.cat([torch.arange(start, start + count) for start, count in own])
+        size = math.prod(shape)
+        h = torch.arange(size // len(at))[:, None, None, None]
+        index.append(h * nodes + at)
+        pairs.append((2 * h + torch.arange(2)[:, None]) * nodes + at.view(-1, 1, size // shape[0]))
+    most = max(int(own.max()) for own in pairs)
+    row, pair_row = (in_a_row(own).to(device, torch.int32 if most < 2**31 else torch.int64) for own in (index, pairs))
+    return Side(row, pair_row, tuple(shapes), tuple(math.prod(shape) for shape in shapes))
