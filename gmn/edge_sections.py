@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gmn.address import Range
-from gmn.blockwise import Moments
+from gmn.blockwise import Ends, Moments, Upstream
 from gmn.edge_chunks import Chunk, grouped
 from gmn.graph import EdgeBlock
 
@@ -54,8 +54,12 @@ class Side:
         return vector.reshape(-1).index_select(0, self.index)
 
     def add(self, total: Tensor, own: Sequence[Tensor]) -> None:
-        """Add [b, n] of each chunk to [H, N]."""
+        """Add what each chunk has, one number for each that it reads, to [H, N]."""
         total.view(-1).index_add_(0, self.index, in_a_row(own))
+
+    def add_of(self, position: int, total: Tensor, own: Tensor) -> None:
+        """The same of one chunk."""
+        total.view(-1).index_add_(0, self.index.split(self.sizes)[position], own.reshape(-1))
 
     def add_pairs(self, total: Tensor, own: Sequence[Tensor]) -> None:
         """Add [b, 2, n] of each chunk to [H, 2, N]."""
@@ -77,28 +81,35 @@ class Collected:
 
     def __init__(self, like: Tensor) -> None:
         self.of_all = Moments(*(torch.full_like(like, value) for value in (0, 0, -torch.inf, torch.inf)))
-        self.rows: list[tuple[Side, Tensor, Tensor]] = []
+        self.rows: list[tuple[int, Side, tuple[Tensor, ...]]] = []
 
-    def add(self, side: Side, own: Sequence[Moments]) -> None:
-        """Those of the chunks of a section."""
+    def add(self, first: int, side: Side, own: Sequence[Moments]) -> None:
+        """Those of the chunks of a section, the first of which has that number."""
         totals, squares, *extremes = zip(*own, strict=True)
         side.add(self.of_all.total, totals)
         side.add(self.of_all.squares, squares)
-        highs, lows = (in_a_row(each) for each in extremes)
-        side.extend(self.of_all.high, self.of_all.low, highs, lows)
-        self.rows.append((side, highs, lows))
+        rows = tuple(in_a_row(each) for each in extremes)
+        side.extend(self.of_all.high, self.of_all.low, *rows)
+        self.rows.append((first, side, rows))
 
-    def finish(self, degree: Tensor) -> Tensor:
-        """Zeros for nodes without messages; whether a node finds one of its extremes in several chunks.
+    def finish(self, degree: Tensor) -> set[int]:
+        """Zeros for nodes without messages; the chunks in which a node finds an extreme that it finds in others too.
 
-        Equal weights may have it so: then more chunks have an extreme than there are nodes with messages.
+        Equal weights have it so, and in large graphs chance: more extremes are found than there are nodes to find one.
         """
-        *_, high, low = self.of_all
-        for extreme in (high, low):
+        found: set[int] = set()
+        reached = len(self.of_all.high) * (degree > 0).sum()
+        for which, extreme in enumerate(self.of_all[2:]):
             extreme.masked_fill_(degree == 0, 0.0)
-        highest = torch.stack([(side.gathered(high) == row).sum() for side, row, _ in self.rows]).sum()
-        lowest = torch.stack([(side.gathered(low) == row).sum() for side, _, row in self.rows]).sum()
-        return torch.maximum(highest, lowest) > len(high) * (degree > 0).sum()
+            hits = [side.gathered(extreme) == rows[which] for _, side, rows in self.rows]
+            if torch.stack([hit.sum() for hit in hits]).sum() > reached:
+                counts = torch.zeros_like(extreme)
+                for (_, side, _), hit in zip(self.rows, hits, strict=True):
+                    side.add(counts, [hit.to(counts.dtype)])
+                for (first, side, _), hit in zip(self.rows, hits, strict=True):
+                    own = hit & (side.gathered(counts) > 1)
+                    found |= {first + n for n, part in enumerate(own.split(side.sizes)) if part.any()}
+        return found
 
 
 def in_a_row(values: Sequence[Tensor]) -> Tensor:
@@ -116,9 +127,24 @@ class Section:
     sources: Side
 
     @property
-    def numbers(self) -> slice:
+    def numbers(self) -> range:
         """Of its chunks, among those of all sections."""
-        return slice(self.first, self.first + len(self.chunks))
+        return range(self.first, self.first + len(self.chunks))
+
+    def upstream(self, along: Upstream, against: Upstream) -> list[tuple[Upstream, Upstream]]:
+        """Of each chunk at its targets and at its sources, from those of all nodes."""
+        at_dst = zip(*(self.targets.spread(v) for v in along), strict=True)
+        at_src = zip(*(self.sources.spread(v) for v in against), strict=True)
+        return [(Upstream(*dst), Upstream(*src)) for dst, src in zip(at_dst, at_src, strict=True)]
+
+    def ends(self, nodes: Ends) -> list[Ends]:
+        """Of each chunk, from those of all nodes."""
+        vectors = self.sources.spread(nodes.sent), self.targets.spread(nodes.against)
+        return [Ends(*own) for own in zip(*vectors, *self.pairs(nodes), strict=True)]
+
+    def pairs(self, nodes: Ends) -> tuple[list[Tensor], list[Tensor]]:
+        """The same, without what nodes send: `dst` and `src` of each chunk."""
+        return self.targets.spread_pairs(nodes.dst), self.sources.spread_pairs(nodes.src)
 
 
 @functools.lru_cache(maxsize=16)  # a metanetwork meets the same graphs again and again

@@ -41,12 +41,12 @@ class Layer(NamedTuple):
     Attributes:
         nodes: [H, N] and [H, 2, N], of all nodes.
         extremes: [H, N]: high and low of the messages along the edges, and of those against them.
-        crossed: Whether a node finds one of its extremes in several chunks.
+        crossed: Numbers of the chunks in which a node finds an extreme that it finds in others too.
     """
 
     nodes: Ends
     extremes: tuple[Tensor, ...]
-    crossed: Tensor
+    crossed: set[int]
 
 
 class EdgeTape:
@@ -130,24 +130,14 @@ class EdgeTape:
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
-    def ends(self, nodes: Ends, section: Section) -> list[Ends]:
-        """Of each chunk of a section, from those of all nodes."""
-        targets, sources = section.targets, section.sources
-        vectors = sources.spread(nodes.sent), targets.spread(nodes.against)
-        pairs = targets.spread_pairs(nodes.dst), sources.spread_pairs(nodes.src)
-        return [Ends(*own) for own in zip(*vectors, *pairs, strict=True)]
-
-    def rebuilt(self, section: Section, layers: int) -> Iterator[Tensor]:
-        """[b, O, I] of each chunk: its states after so many layers; bit for bit what they were."""
+    def rebuilt(self, numbers: Sequence[int], section: Section, layers: int) -> Iterator[Tensor]:
+        """[b, O, I] of some of a section's chunks: the states after so many layers; bit for bit what they were."""
         start = max((layer for layer, kept in self.kept.items() if kept and layer <= layers), default=0)
-        steps = [
-            zip(section.targets.spread_pairs(nodes.dst), section.sources.spread_pairs(nodes.src), strict=True)
-            for nodes, *_ in self.layers[start:layers]
-        ]
-        for number in range(len(self.chunks))[section.numbers]:
+        steps = [section.pairs(nodes) for nodes, *_ in self.layers[start:layers]]
+        for number in numbers:
             e = self.kept[start][number].to(self.dtype, copy=start < layers) if start else self.encoded(number)
-            for pairs in steps:
-                self.kernels.advance(e, *next(pairs))
+            for dst, src in steps:
+                self.kernels.advance(e, dst[number - section.first], src[number - section.first])
                 self.round(e)
             yield e
 
@@ -161,20 +151,27 @@ class EdgeTape:
         return e
 
     def shared_by_ties(self, number: int, along: Upstream, against: Upstream) -> tuple[Upstream, Upstream]:
-        """Gradients of the extremes [H, N], divided by the number of messages that are; these are counted here."""
+        """Gradients of the extremes [H, N], divided by the number of messages that are.
+
+        These are counted in the chunks that share an extreme with others; where they do not, nobody may ask.
+        """
         layer, counts = self.layers[number], [torch.zeros_like(along.high) for _ in range(4)]
         for section in self.sections:
-            ways = (section.targets, 2, (along.highest, along.lowest)), (section.sources, 1, against[4:])
-            extremes = [(side, axis, side.spread(extreme)) for side, axis, both in ways for extreme in both]
-            found: list[list[Tensor]] = [[] for _ in counts]
-            for at, (e, ends) in enumerate(
-                zip(self.rebuilt(section, number), self.ends(layer.nodes, section), strict=True)
-            ):
-                for own, (_, axis, extreme) in zip(found, extremes, strict=True):
-                    own.append(ties(e, ends.sent if axis == 2 else ends.against, extreme[at], axis))
-            for count, own, (side, *_) in zip(counts, found, extremes, strict=True):
-                side.add(count, own)
-        high, low, back_high, back_low = (count.clamp(min=1) for count in counts)
+            crossed = sorted(layer.crossed.intersection(section.numbers))
+            if not crossed:
+                continue
+            ends, upstream = section.ends(layer.nodes), section.upstream(along, against)
+            for chunk, e in zip(crossed, self.rebuilt(crossed, section, number), strict=True):
+                at = chunk - section.first
+                dst, src = upstream[at]
+                for count, side, sent, extreme, axis in (
+                    (counts[0], section.targets, ends[at].sent, dst.highest, 2),
+                    (counts[1], section.targets, ends[at].sent, dst.lowest, 2),
+                    (counts[2], section.sources, ends[at].against, src.highest, 1),
+                    (counts[3], section.sources, ends[at].against, src.lowest, 1),
+                ):
+                    side.add_of(at, count, ties(e, sent, extreme, axis))
+        high, low, back_high, back_low = (count.clamp_(min=1) for count in counts)
         return (
             along._replace(high=along.high / high, low=along.low / low),
             against._replace(high=against.high / back_high, low=against.low / back_low),
@@ -239,12 +236,12 @@ class _Layer(Function):
             tape.kept[ctx.number] = [e.clone() for e in tape.states]
         for section in tape.sections:
             each = []
-            for state, ends in zip(tape.states[section.numbers], tape.ends(nodes, section), strict=True):
-                with tape.opened(state) as e:
+            for number, ends in zip(section.numbers, section.ends(nodes), strict=True):
+                with tape.opened(tape.states[number]) as e:
                     each.append(tape.kernels.both(e, ends))
                     tape.kernels.advance(e, ends.dst, ends.src)
-            along.add(section.targets, [own for own, _ in each])
-            back.add(section.sources, [own for _, own in each])
+            along.add(section.first, section.targets, [own for own, _ in each])
+            back.add(section.first, section.sources, [own for _, own in each])
         crossed = along.finish(tape.in_degree) | back.finish(tape.out_degree)
         if tape.keeps:  # detached: what autograd hands out must not be held by what it was made by
             extremes = tuple(x.detach() for own in (along, back) for x in own.of_all[2:])
@@ -260,24 +257,17 @@ class _Layer(Function):
             raise ConversionError(USED_UP)
         nodes, extremes, crossed = tape.layers[ctx.number]
         along, against = _upstream(grads_of_moments[:4], extremes[:2]), _upstream(grads_of_moments[4:], extremes[2:])
-        shared = bool(crossed)
-        if shared:
-            along, against = tape.shared_by_ties(ctx.number, along, against)
-        total = Ends(*(torch.zeros_like(v) for v in nodes))
+        exact = tape.shared_by_ties(ctx.number, along, against) if crossed else None
+        total, buffers = Ends(*(torch.zeros_like(v) for v in nodes)), tape.take_gradients()
         for section in tape.sections:
-            targets, sources = section.targets, section.sources
-            at_dst = zip(*(targets.spread(v) for v in along), strict=True)
-            at_src = zip(*(sources.spread(v) for v in against), strict=True)
-            found = []
-            chunks = (
-                tape.take_gradients()[section.numbers],
-                tape.ends(nodes, section),
-                tape.rebuilt(section, ctx.number),
-            )
-            for buffer, ends, e in zip(*chunks, strict=True):
-                upstream = Upstream(*next(at_dst)), Upstream(*next(at_src))
-                with tape.opened(buffer) as grad:
-                    found.append(tape.kernels.backward(e, grad, ends, *upstream, shared=shared))
+            targets, sources, found = section.targets, section.sources, []
+            upstream = section.upstream(along, against)
+            shared = section.upstream(*exact) if exact and not crossed.isdisjoint(section.numbers) else upstream
+            states = tape.rebuilt(section.numbers, section, ctx.number)
+            for at, (number, ends, e) in enumerate(zip(section.numbers, section.ends(nodes), states, strict=True)):
+                with tape.opened(buffers[number]) as grad:
+                    own = (shared if number in crossed else upstream)[at]
+                    found.append(tape.kernels.backward(e, grad, ends, *own, shared=number in crossed))
             sources.add(total.sent, [own.sent for own in found])
             targets.add(total.against, [own.against for own in found])
             targets.add_pairs(total.dst, [own.dst for own in found])
