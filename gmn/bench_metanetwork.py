@@ -10,7 +10,6 @@ A pass is forward alone, or forward and backward to the metanetwork's parameters
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gmn.bench_workers import Turn, Worker, in_turns
+from gmn.bench_workers import Turn, Worker, device_name, in_turns, seconds_of
 from gmn.checkpoint import save_json
+from gmn.job import choose_device
 from gmn.names import refuse_unknown
 from gmn.progress import track
 
@@ -76,6 +76,7 @@ class Measured:
     least_gb: float = 0.0
     peak_mb: float = 0.0
     failed: str = ""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,14 @@ class Cases:
     """What is measured: every graph with every number of threads, forward or backward, on every backend.
 
     Raises:
-        GmnError: if a name is unknown.
+        GmnError: if a name is unknown, or the device is not there.
     """
 
     graphs: Sequence[str] = ("resnet20", "resnet56")
     backends: Sequence[str] = ("blocks", "pyg")
     threads: Sequence[int] = (1,)
     passes: Sequence[str] = ("backward",)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for what, names, known in (
@@ -99,21 +101,23 @@ class Cases:
         ):
             for name in names:
                 refuse_unknown(what, name, known)
+        choose_device(self.device)
 
 
 def bench(cases: Cases, *, rounds: int, chunk_mb: float | None) -> list[Measured]:
     """Measure; a backend that fails, out of memory say, is reported as such."""
     found: list[Measured] = []
-    groups = list(itertools.product(cases.graphs, cases.threads, cases.passes))
+    groups, device = list(itertools.product(cases.graphs, cases.threads, cases.passes)), choose_device(cases.device)
     with track("metanetwork passes", len(groups) * (rounds + 2)) as advance:
         for graph, threads, way in groups:
             facts = {"graph": graph, "threads": threads, "backward": way == "backward"}
             each: list[dict[str, Any]] = [{**facts, "backend": backend} for backend in cases.backends]
-            workers = [Worker(__name__, {**own, "chunk_mb": chunk_mb}) for own in each]
+            workers = [Worker(__name__, {**own, "chunk_mb": chunk_mb, "device": str(device)}) for own in each]
             outcomes = in_turns(workers, rounds, lambda name=graph: advance(name))
             for own, outcome in zip(each, outcomes, strict=True):
                 sizes = {key: outcome.about[key] for key in ("nodes", "edges", "least_gb") if key in outcome.about}
-                more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
+                more: dict[str, Any] = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
+                more["device"] = device_name(device)
                 seconds, moved = outcome.median.get("seconds", 0.0), outcome.last.get("moved_gb", 0.0)
                 found.append(Measured(**own, **sizes, **more, seconds=seconds, moved_gb=moved))
     return found
@@ -125,8 +129,9 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
 
     from gmn.traffic import Traffic
 
-    graph = graph_of(facts["graph"])
-    network = metanetwork_of(facts["graph"], graph, facts["backend"], chunk_mb=facts["chunk_mb"])
+    device = torch.device(facts["device"])
+    graph = graph_of(facts["graph"]).to(device)
+    network = metanetwork_of(facts["graph"], graph, facts["backend"], chunk_mb=facts["chunk_mb"]).to(device)
 
     def step() -> None:
         with torch.set_grad_enabled(facts["backward"]):
@@ -140,9 +145,7 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
             with Traffic() as traffic:
                 step()
             return {"moved_gb": traffic.bytes / 1e9}
-        start = time.perf_counter()
-        step()
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": seconds_of(step, device)}
 
     least = least_bytes(graph, network.config.layers, network.config.hidden, backward=facts["backward"]) / 1e9
     return {"nodes": graph.spec.num_nodes, "edges": graph.spec.num_edges, "least_gb": least}, turn
@@ -190,7 +193,7 @@ def metanetwork_of(name: str, graph: Any, backend: str, *, chunk_mb: float | Non
 def show(found: Sequence[Measured], path: Path | None, console: Console | None = None) -> None:
     """Print a table, each backend against pyg on the same graph; write JSON if a path is given."""
     caption = "medians of rounds in turns; fwd: forward alone; in brackets: against pyg, and the least that must move"
-    table = Table(title="A pass through the metanetwork", caption=caption)
+    table = Table(title=f"A pass through the metanetwork on {found[0].device}", caption=caption)
     for name in ("graph", "threads", "backend", "seconds", "peak MB", "moved GB"):
         table.add_column(name, justify="left" if name in ("graph", "backend") else "right")
     bases = {(r.graph, r.threads, r.backward): r for r in found if r.backend == "pyg" and not r.failed}

@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from gmn.bench_metanetwork import SUBJECTS, graph_of, metanetwork_of
-from gmn.bench_workers import Turn, Worker, in_turns
+from gmn.bench_workers import Turn, Worker, device_name, in_turns
 from gmn.checkpoint import save_json
+from gmn.job import choose_device
 from gmn.names import refuse_unknown
 from gmn.progress import track
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from gmn.data import Split
@@ -56,6 +58,7 @@ class Measured:
     base_mb: float = 0.0
     peak_mb: float = 0.0
     failed: str = ""
+    device: str = "cpu"
 
     @property
     def share(self) -> float:
@@ -72,6 +75,7 @@ def bench(
     images: int | None,
     batch_size: int,
     rounds: int,
+    device: str = "cpu",
 ) -> list[Measured]:
     """Measure a step on random images of the network's size.
 
@@ -80,21 +84,24 @@ def bench(
         images: None: as many as suit the network.
 
     Raises:
-        GmnError: if a network or a way is unknown.
+        GmnError: if a network or a way is unknown, or the device is not there.
     """
     refuse_unknown("network", network, SUBJECTS)
     own = SUBJECTS[network]
     images, ways = images or own.images, ways or (("gmn", "published") if own.listed else ("gmn",))
     for way in ways:
         refuse_unknown("way", way, WAYS)
+    place = choose_device(device)
     found: list[Measured] = []
     with track(f"meta-steps of {network}", len(threads) * (rounds + 2)) as advance:
         for count in threads:
             facts = {"network": network, "threads": count, "images": images}
             each: list[dict[str, Any]] = [{**facts, "way": way} for way in ways]
-            workers = [Worker(__name__, {**case, "batch_size": min(batch_size, images)}) for case in each]
+            more = {"batch_size": min(batch_size, images), "device": str(place)}
+            workers = [Worker(__name__, {**case, **more}) for case in each]
             for case, outcome in zip(each, in_turns(workers, rounds, lambda: advance("")), strict=True):
                 more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
+                more["device"] = device_name(place)
                 base = outcome.about.get("base_mb", 0.0)
                 found.append(Measured(**case, seconds=outcome.median, base_mb=base, **more))
     return found
@@ -108,8 +115,8 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
     from gmn.meta_train import meta_step
     from gmn.phases import Stopwatch
 
-    way = facts["way"]
-    subject, metanetwork, split = subject_of(facts["network"], facts["images"], published=way == "published")
+    way, device = facts["way"], torch.device(facts["device"])
+    subject, metanetwork, split = subject_of(facts["network"], facts["images"], device, published=way == "published")
     optimizer = torch.optim.AdamW(metanetwork.parameters(), lr=1e-4)
     augment, generator = Augment(crop=4, flip=True), torch.Generator().manual_seed(0)
 
@@ -129,8 +136,10 @@ def prepare(facts: dict[str, Any]) -> tuple[dict[str, float], Turn]:
     return {}, turn
 
 
-def subject_of(network: str, images: int, *, published: bool = False) -> tuple[DataModel, MetaNetwork, Split]:
-    """A network to learn on, its metanetwork, and random images of its size."""
+def subject_of(
+    network: str, images: int, device: torch.device | str = "cpu", *, published: bool = False
+) -> tuple[DataModel, MetaNetwork, Split]:
+    """A network to learn on, its metanetwork, and random images of its size, on a device."""
     import torch
 
     from gmn.criteria import Importance
@@ -140,11 +149,12 @@ def subject_of(network: str, images: int, *, published: bool = False) -> tuple[D
 
     own, graph = SUBJECTS[network], graph_of(network)
     assert graph.template is not None
-    subject = DataModel(graph.template.eval(), graph, Importance(graph.spec, couplings(graph.spec)))
-    metanetwork = metanetwork_of(network, graph, "pyg" if published else "blocks")
+    model, importance = graph.template.eval().to(device), Importance(graph.spec, couplings(graph.spec))
+    metanetwork = metanetwork_of(network, graph, "pyg" if published else "blocks").to(device)
     pixels = torch.randint(0, 256, (images, 3, own.pixels, own.pixels), dtype=torch.uint8)
     half = torch.full((3,), 0.5)
-    return subject, metanetwork, Split(pixels, torch.randint(0, own.classes, (images,)), half, half)
+    split = Split(pixels, torch.randint(0, own.classes, (images,)), half, half).to(device)
+    return DataModel(model, graph.to(device), importance), metanetwork, split
 
 
 def _published_step(metanetwork: MetaNetwork, subject: DataModel, batches: Sequence[Batch], watch: Stopwatch) -> None:
@@ -178,7 +188,7 @@ def _published_step(metanetwork: MetaNetwork, subject: DataModel, batches: Seque
 def show(found: Sequence[Measured], path: Path | None, console: Console | None = None) -> None:
     """Print a table, a column for each way; write JSON if a path is given."""
     network, images = found[0].network, found[0].images
-    title = f"A step of meta-training: {network}, {images:,} images"
+    title = f"A step of meta-training: {network}, {images:,} images, on {found[0].device}"
     table = Table(title=title, caption="seconds; medians of rounds in which the ways take turns")
     table.add_column("part")
     for row in found:

@@ -13,12 +13,16 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gmn.memory import limit_memory, machine_memory, memory_now, peak_memory
+
+if TYPE_CHECKING:
+    import torch
 
 Numbers = dict[str, float]
 Turn = Callable[[bool], Numbers]  # told whether it is the last one, whose time and memory do not count
@@ -45,7 +49,7 @@ class Worker:
 
     Args:
         module: Its `prepare(facts)` returns what it built, as numbers, and the function of a turn.
-        facts: JSON.
+        facts: JSON; its `threads` and `device` are the worker's too.
     """
 
     def __init__(self, module: str, facts: dict[str, Any]) -> None:
@@ -110,18 +114,61 @@ def serve(module: str, settings: str) -> None:
     import torch
 
     facts = json.loads(settings)
+    device = torch.device(facts["device"])
     torch.set_num_threads(facts["threads"])
-    if (total := machine_memory()) is not None:
+    total = machine_memory()
+    if device.type == "cpu" and total is not None:  # a driver maps more than it takes
         limit_memory(MEMORY_SHARE * total)
     try:
         about, turn = importlib.import_module(module).prepare(facts)
         gc.collect()
-        _say(**about, base_mb=memory_now())
+        _say(**about, base_mb=_held(device))
         for word in sys.stdin:
-            _say(**turn(word.strip() == "last"), peak_mb=peak_memory() or 0.0)
+            _say(**turn(word.strip() == "last"), peak_mb=_peak(device))
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises a RuntimeError
         text = str(error).split("\n")[0]
         _say(failed="out of memory" if "memory" in text else text)
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """How long a step takes; an accelerator's own clock says it for what it computes, events before and after."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    import torch
+
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    step()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it; `cpu` for a processor."""
+    import torch
+
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _held(device: torch.device) -> float:
+    """MB of the process, or of its tensors on an accelerator; from here on the peak counts anew."""
+    if device.type == "cpu":
+        return memory_now()
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device) / 2**20
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cpu":
+        return peak_memory() or 0.0
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) / 2**20
 
 
 def _say(**numbers: Any) -> None:

@@ -9,6 +9,8 @@ import typer
 
 from gmn.cli_options import AllowCodeOption, BuilderOption, ClassesOption, InputOption, numbers, words
 
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
 bench_app = typer.Typer(no_args_is_help=True, help="Try gmn on many networks.")
 BENCH = "Example:  gmn bench convert --suite timm --only swin   (results are kept: call it again to go on)"
 
@@ -56,7 +58,7 @@ def bench_latency(
     ],
     batch: Annotated[str, typer.Option("--batch", help="Samples per batch.")] = "1,32",
     threads: Annotated[str | None, typer.Option("--threads", help="Of the CPU. Default: torch's choice.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Passes of each, after two to warm up.")] = 30,
     size: InputOption = None,
     classes: ClassesOption = None,
@@ -88,12 +90,13 @@ def bench_metanetwork(
     passes: Annotated[str, typer.Option("--passes", help="forward, or backward too.")] = "backward",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes of each, after one to warm up.")] = 7,
     chunk_mb: Annotated[float | None, typer.Option("--chunk-mb", help="max_chunk_mb of the blocks backend.")] = None,
+    device: DeviceOption = "cpu",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
 ) -> None:
     """Time a pass through a metanetwork and its peak memory, the backends taking turns."""
     from gmn import bench_metanetwork as bench
 
-    cases = bench.Cases(words(graphs), words(backends), numbers("--threads", threads), words(passes))
+    cases = bench.Cases(words(graphs), words(backends), numbers("--threads", threads), words(passes), device)
     bench.show(bench.bench(cases, rounds=rounds, chunk_mb=chunk_mb), output)
 
 
@@ -108,14 +111,15 @@ def bench_metastep(
     ways: Annotated[str | None, typer.Option("--ways", help="Of gmn, channels_last, bf16, published.")] = None,
     threads: Annotated[str, typer.Option("--threads", help="Threads of each process.")] = "1",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each, after one to warm up.")] = 7,
+    device: DeviceOption = "cpu",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON.")] = None,
 ) -> None:
     """Time one step of meta-training by its parts, and its peak memory, the ways taking turns."""
     from gmn import bench_metastep as bench
 
     chosen = None if ways is None else words(ways)
-    options = {"images": images, "batch_size": batch_size, "rounds": rounds}
-    bench.show(bench.bench(network, chosen, numbers("--threads", threads), **options), output)
+    sizes = {"images": images, "batch_size": batch_size, "rounds": rounds}
+    bench.show(bench.bench(network, chosen, numbers("--threads", threads), **sizes, device=device), output)
 
 
 SCALING = (

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,15 @@ from gmn.blockwise import Ends, Moments, Upstream
 from gmn.edge_chunks import Chunk, grouped
 from gmn.graph import EdgeBlock
 
-SECTION = 2**20  # numbers of a node vector, spread over both sides of a section
+SECTION = 2**17  # numbers of node vectors that both sides of a section read: those of a pass stay in a cache
+
+
+class Nodes(NamedTuple):
+    """What a layer knows of all nodes: B, B' [H, N] and (c, d) [H, 2, N]."""
+
+    sent: Tensor
+    against: Tensor
+    pairs: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +38,7 @@ class Side:
 
     Attributes:
         index: Of each number that the chunks read, one after the other, the place in [H, N].
-        pairs: The same in [H, 2, N].
+        pairs: The same in [H, 2, N]; sources read the second of the two first.
         shapes: Of a vector in each chunk.
         sizes: Of each shape.
     """
@@ -38,6 +47,10 @@ class Side:
     pairs: Tensor
     shapes: tuple[tuple[int, int, int], ...]
     sizes: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Side:
+        """The same on a device."""
+        return Side(self.index.to(device), self.pairs.to(device), self.shapes, self.sizes)
 
     def spread(self, vector: Tensor) -> list[Tensor]:
         """[b, O, 1] or [b, 1, I] of each chunk, from [H, N]."""
@@ -137,14 +150,22 @@ class Section:
         at_src = zip(*(self.sources.spread(v) for v in against), strict=True)
         return [(Upstream(*dst), Upstream(*src)) for dst, src in zip(at_dst, at_src, strict=True)]
 
-    def ends(self, nodes: Ends) -> list[Ends]:
+    def ends(self, nodes: Nodes) -> list[Ends]:
         """Of each chunk, from those of all nodes."""
         vectors = self.sources.spread(nodes.sent), self.targets.spread(nodes.against)
         return [Ends(*own) for own in zip(*vectors, *self.pairs(nodes), strict=True)]
 
-    def pairs(self, nodes: Ends) -> tuple[list[Tensor], list[Tensor]]:
+    def pairs(self, nodes: Nodes) -> tuple[list[Tensor], list[Tensor]]:
         """The same, without what nodes send: `dst` and `src` of each chunk."""
-        return self.targets.spread_pairs(nodes.dst), self.sources.spread_pairs(nodes.src)
+        return self.targets.spread_pairs(nodes.pairs), self.sources.spread_pairs(nodes.pairs)
+
+    def add_ends(self, total: Nodes, own: Sequence[Ends]) -> None:
+        """Add what each chunk has for its ends to that of all nodes."""
+        sent, against, dst, src = zip(*own, strict=True)
+        self.sources.add(total.sent, sent)
+        self.targets.add(total.against, against)
+        self.targets.add_pairs(total.pairs, dst)
+        self.sources.add_pairs(total.pairs, src)
 
 
 @functools.lru_cache(maxsize=16)  # a metanetwork meets the same graphs again and again
@@ -176,13 +197,14 @@ def sections(
 
 
 def _section(first: int, own: Sequence[Chunk], hidden: int, nodes: int, device: torch.device) -> Section:
-    targets = _side([c.targets for c in own], [(hidden * c.shape[0], c.shape[1], 1) for c in own], nodes, device)
-    sources = _side([c.sources for c in own], [(hidden * c.shape[0], 1, c.shape[2]) for c in own], nodes, device)
-    return Section(first, tuple(own), targets, sources)
+    sizes = [(hidden * c.shape[0], *c.shape[1:]) for c in own]
+    targets = _side([c.targets for c in own], [(b, o, 1) for b, o, _ in sizes], (0, 1), nodes)
+    sources = _side([c.sources for c in own], [(b, 1, i) for b, _, i in sizes], (1, 0), nodes)
+    return Section(first, tuple(own), targets.to(device), sources.to(device))
 
 
 def _side(
-    ranges: Sequence[Sequence[Range]], shapes: list[tuple[int, int, int]], nodes: int, device: torch.device
+    ranges: Sequence[Sequence[Range]], shapes: list[tuple[int, int, int]], order: tuple[int, int], nodes: int
 ) -> Side:
     index, pairs = [], []
     for own, shape in zip(ranges, shapes, strict=True):
@@ -190,7 +212,7 @@ def _side(
         size = math.prod(shape)
         h = torch.arange(size // len(at))[:, None, None, None]
         index.append(h * nodes + at)
-        pairs.append((2 * h + torch.arange(2)[:, None]) * nodes + at.view(-1, 1, size // shape[0]))
-    most = max(int(own.max()) for own in pairs)
-    row, pair_row = (in_a_row(own).to(device, torch.int32 if most < 2**31 else torch.int64) for own in (index, pairs))
-    return Side(row, pair_row, tuple(shapes), tuple(math.prod(shape) for shape in shapes))
+        pairs.append((2 * h + torch.tensor(order)[:, None]) * nodes + at.view(-1, 1, size // shape[0]))
+    kind = torch.int32 if max(int(own.max()) for own in pairs) < 2**31 else torch.int64
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    return Side(in_a_row(index).to(kind), in_a_row(pairs).to(kind), tuple(shapes), sizes)

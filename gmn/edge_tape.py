@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from gmn.blockwise import PLAIN, Ends, Kernels, Upstream, exact, ties
+from gmn.blockwise import PLAIN, Kernels, Upstream, exact, ties
 from gmn.edge_chunks import columns_of
 from gmn.edge_columns import Gradients, columns, parameters_of
-from gmn.edge_sections import Collected, Section, sections
+from gmn.edge_sections import Collected, Nodes, Section, sections
 from gmn.errors import ConversionError
 from gmn.graph import EdgeBlock
 
@@ -39,12 +39,11 @@ class Layer(NamedTuple):
     """What the backward pass needs of a layer.
 
     Attributes:
-        nodes: [H, N] and [H, 2, N], of all nodes.
         extremes: [H, N]: high and low of the messages along the edges, and of those against them.
         crossed: Numbers of the chunks in which a node finds an extreme that it finds in others too.
     """
 
-    nodes: Ends
+    nodes: Nodes
     extremes: tuple[Tensor, ...]
     crossed: set[int]
 
@@ -230,7 +229,7 @@ class _Layer(Function):
     ) -> tuple[Tensor, ...]:
         ctx.tape, ctx.number = tape, len(tape.layers)
         sent, against, left, right = (v.detach() for v in (sent, against, left, right))
-        nodes = Ends(sent, against, torch.stack((left, right), 1), torch.stack((right, left), 1))
+        nodes = Nodes(sent, against, torch.stack((left, right), 1))
         along, back = Collected(sent), Collected(sent)
         if ctx.number in tape.kept:
             tape.kept[ctx.number] = [e.clone() for e in tape.states]
@@ -258,24 +257,19 @@ class _Layer(Function):
         nodes, extremes, crossed = tape.layers[ctx.number]
         along, against = _upstream(grads_of_moments[:4], extremes[:2]), _upstream(grads_of_moments[4:], extremes[2:])
         exact = tape.shared_by_ties(ctx.number, along, against) if crossed else None
-        total, buffers = Ends(*(torch.zeros_like(v) for v in nodes)), tape.take_gradients()
+        total, buffers = Nodes(*(torch.zeros_like(v) for v in nodes)), tape.take_gradients()
         for section in tape.sections:
-            targets, sources, found = section.targets, section.sources, []
-            upstream = section.upstream(along, against)
+            upstream, found = section.upstream(along, against), []
             shared = section.upstream(*exact) if exact and not crossed.isdisjoint(section.numbers) else upstream
             states = tape.rebuilt(section.numbers, section, ctx.number)
             for at, (number, ends, e) in enumerate(zip(section.numbers, section.ends(nodes), states, strict=True)):
                 with tape.opened(buffers[number]) as grad:
                     own = (shared if number in crossed else upstream)[at]
                     found.append(tape.kernels.backward(e, grad, ends, *own, shared=number in crossed))
-            sources.add(total.sent, [own.sent for own in found])
-            targets.add(total.against, [own.against for own in found])
-            targets.add_pairs(total.dst, [own.dst for own in found])
-            sources.add_pairs(total.src, [own.src for own in found])
+            section.add_ends(total, found)
         del tape.layers[ctx.number :]
         tape.kept.pop(ctx.number, None)
-        left, right = (total.dst + total.src.flip(1)).unbind(1)
-        return None, token, total.sent, total.against, left, right
+        return None, token, total.sent, total.against, *total.pairs.unbind(1)
 
 
 class _Decode(Function):

@@ -52,7 +52,14 @@ def test_a_step_is_measured_by_its_parts(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_failing_worker_stops_nobody() -> None:
-    facts = {"graph": "resnet20", "backend": "blocks", "threads": 1, "backward": False, "chunk_mb": None}
+    facts = {
+        "graph": "resnet20",
+        "backend": "blocks",
+        "threads": 1,
+        "backward": False,
+        "chunk_mb": None,
+        "device": "cpu",
+    }
     workers = [Worker("gmn.bench_metanetwork", {**facts, "graph": "nonsense"}), Worker("gmn.bench_metanetwork", facts)]
     bad, good = in_turns(workers, 1, lambda: None)
     assert bad.failed == "ended with code 1"
@@ -115,3 +122,21 @@ def test_unknown_names(options: dict[str, list[str]], said: str) -> None:
         Cases(**options)
     with pytest.raises(GmnError, match=r"no such way.*published"):
         bench_metastep.bench("resnet20", ["publisht"], [1], images=1, batch_size=1, rounds=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+def test_an_accelerator_that_is_not_there() -> None:
+    with pytest.raises(GmnError, match="no such device"):
+        Cases(device="cuda")
+    with pytest.raises(GmnError, match="no such device"):
+        bench_metastep.bench("resnet20", None, [1], images=1, batch_size=1, rounds=1, device="cuda:7")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_the_clock_and_the_memory_of_an_accelerator() -> None:
+    cases = Cases(("resnet20",), ("blocks", "pyg"), device="cuda")
+    for row in bench_metanetwork.bench(cases, rounds=2, chunk_mb=None):
+        assert (row.failed, row.device) == ("", torch.cuda.get_device_name(0))
+        assert min(row.seconds, row.peak_mb, row.moved_gb) > 0
+    (step,) = bench_metastep.bench("resnet20", ["gmn"], [1], images=8, batch_size=4, rounds=1, device="cuda")
+    assert min(step.base_mb, step.peak_mb, step.share) > 0

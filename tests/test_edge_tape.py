@@ -179,7 +179,8 @@ def test_chunks_read_their_nodes_and_add_to_them(most: int, monkeypatch: pytest.
                 at = torch.cat([torch.arange(first, first + count) for first, count in getattr(chunk, nodes)])
                 assert torch.equal(own.view(2, -1), vector[:, at])
                 g = chunk.shape[0]
-                assert torch.equal(of_pairs.view(2, g, 2, -1).transpose(1, 2).reshape(2, 2, -1), pairs[:, :, at])
+                expected = pairs[:, :, at] if nodes == "targets" else pairs[:, :, at].flip(1)
+                assert torch.equal(of_pairs.view(2, g, 2, -1).transpose(1, 2).reshape(2, 2, -1), expected)
                 times.index_add_(0, at, torch.ones(len(at)))
             side.add(total, read)
             side.add_pairs(both, read_pairs)
