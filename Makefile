@@ -16,7 +16,7 @@ quickstart: .venv/.run ## install, then shrink a small network on handwritten di
 test: .venv/.test ## install with the test extras, then the whole test suite
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
 
-soak: .venv/.test ## the long tests: runs that are killed again and again, thousands of changed files; an hour
+soak: .venv/.test ## the long tests: runs that are killed again and again, thousands of changed files; 40 minutes
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/soak.py --cases 400
 

@@ -24,6 +24,7 @@ from gmn.data import Augment, Split
 from gmn.gradients import loss_gradients
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask
+from gmn.guard import Pieces
 from gmn.ranking import refuse_whole
 from gmn.settings import Criterion, Fit
 from gmn.settings_vote import FilterPruning
@@ -161,15 +162,24 @@ def _scores(model: nn.Module, spec: GraphSpec, coupled: Couplings, split: Split,
         return importance.raw(dict(model.state_dict()), gradients).cpu()
     limit = min(config.score_images, len(split))
     images = split.batches(config.batch_size, generator=generator(0, 0), limit=limit)  # those that gradients are of
-    return _activation(model, spec, coupled, [batch for batch, _ in images])
+    return _activation(model, spec, coupled, list(images), Pieces("scores of filters", config.batch_size))
 
 
-def _activation(model: nn.Module, spec: GraphSpec, coupled: Couplings, batches: list[Tensor]) -> Tensor:
+def _activation(
+    model: nn.Module, spec: GraphSpec, coupled: Couplings, batches: list[tuple[Tensor, Tensor]], pieces: Pieces
+) -> Tensor:
     """Mean size of what a unit puts out after its norm, over images and positions; a sum over coupled layers."""
-    totals = torch.zeros(spec.num_nodes)
-    with _watched(model, spec, totals), evaluation(model), torch.no_grad():
-        for images in batches:
-            model(images)
+    totals, own = torch.zeros(spec.num_nodes), torch.zeros(spec.num_nodes)
+    with _watched(model, spec, own), evaluation(model), torch.no_grad():
+        for batch in batches:
+            whole = len(batch[1])
+
+            def sizes(images: Tensor, _: Tensor, whole: int = whole) -> list[Tensor]:
+                own.zero_()
+                model(images)
+                return [own * (len(images) / whole)]
+
+            totals += pieces.total(sizes, batch)[0]
     return torch.zeros(coupled.num_channels).index_add_(0, coupled.channel, totals)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from gmn.data import Split
+from gmn.guard import Pieces
 from gmn.scores import make_score
 from gmn.settings import Criterion
 from gmn.trace import evaluation
@@ -27,12 +30,18 @@ def loss_gradients(
         batch_size: Images at a time.
     """
     leaves = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    count = min(images, len(split))
+    total = [torch.zeros_like(leaf) for leaf in leaves.values()]
+    count, pieces = min(images, len(split)), Pieces("gradients of the loss", batch_size)
+
+    def gradients(inputs: Tensor, labels: Tensor) -> Sequence[Tensor]:
+        loss = F.cross_entropy(functional_call(model, leaves, (inputs,)), labels, reduction="sum") / count
+        return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+
     with evaluation(model):
-        for inputs, labels in split.batches(batch_size, generator=generator(seed, 0), limit=count):
-            loss = F.cross_entropy(functional_call(model, leaves, (inputs,)), labels, reduction="sum") / count
-            loss.backward()
-    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        for batch in split.batches(batch_size, generator=generator(seed, 0), limit=count):
+            for own, more in zip(total, pieces.total(gradients, batch), strict=True):
+                own.add_(more)
+    return dict(zip(leaves, total, strict=True))
 
 
 def gradients_for(criterion: Criterion, model: nn.Module, split: Split, *, seed: int = 0) -> dict[str, Tensor] | None:

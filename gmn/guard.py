@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,7 @@ PATIENCE = 5
 """So many skipped steps in a row end a training; one that has fewer steps ends when all are skipped."""
 
 Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 Metrics = dict[str, float]
 
 
@@ -60,9 +61,26 @@ class Pieces:
 
     def read(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         """What a network in eval mode answers to a batch, without gradients: the same however it is cut."""
+        return self._whole(lambda: torch.cat([model(images) for images, _ in self.cut(batch)]))
+
+    def total(
+        self, compute: Callable[[Tensor, Tensor], Sequence[Tensor]], batch: tuple[Tensor, Tensor]
+    ) -> list[Tensor]:
+        """Sums over a batch of what is computed of each piece."""
+
+        def sums() -> list[Tensor]:
+            found: list[Tensor] = []
+            for piece in self.cut(batch):
+                own = compute(*piece)
+                found = [a + b for a, b in zip(found, own, strict=True)] if found else list(own)
+            return found
+
+        return self._whole(sums)
+
+    def _whole(self, compute: Callable[[], Answer]) -> Answer:
         while True:
             try:
-                return torch.cat([model(images) for images, _ in self.cut(batch)])
+                return compute()
             except torch.OutOfMemoryError:
                 if not self.double():
                     raise

@@ -14,6 +14,7 @@ from gmn.backbone import PROTOTYPE_IMAGES, Backbone, prototypes
 from gmn.costs import cost
 from gmn.data import Data
 from gmn.errors import CheckpointError, GmnError
+from gmn.guard import Pieces
 from gmn.measures import groups_of_five
 from gmn.progress import say
 from gmn.similarity import Similarity, TaskView, rank
@@ -125,8 +126,9 @@ class _Search:
         _, keep, weights = self.zoo.load(task.name)
         model = self.backbone.rebuilt(keep, weights)
         self.flops += len(self.sample) * task.flops
+        pieces = Pieces("search for neighbours", 500)
         with torch.no_grad():
-            said = torch.cat([F.softmax(model(images), 1).cpu() for images, _ in self.sample.batches(500)])
+            said = torch.cat([F.softmax(pieces.read(model, batch), 1).cpu() for batch in self.sample.batches(500)])
         if not bool(said.isfinite().all()):
             raise CheckpointError("its network's predictions are not finite")
         return said

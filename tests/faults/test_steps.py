@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 import gmn
 from gmn.errors import TrainingError
-from gmn.filter_pruning import Shrunk
+from gmn.filter_pruning import Shrunk, _scores
+from gmn.gradients import loss_gradients
 from gmn.guard import Pieces
 from gmn.head_pruning import head_prune
 from gmn.loop import run_epochs
 from gmn.meta_train import DataModel, meta_step
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.settings import Fit
-from gmn.settings_vote import HeadPruning, SimSiam
+from gmn.settings_vote import FilterPruning, HeadPruning, SimSiam
 from gmn.simsiam import pretrain
 from gmn.training import evaluate, fit, make_optimizer, make_schedule
 
@@ -181,6 +182,23 @@ def test_an_evaluation_in_pieces() -> None:
     crowded(model, 0)
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, split)
+
+
+def test_scores_in_pieces() -> None:
+    """Gradients of the loss and activations, which filters are pruned by."""
+    model, split = small_network().eval(), dark_and_bright()
+    graph = gmn.to_graph(model, torch.zeros(1, *split.images.shape[1:]))
+    found, seen = list[list[Tensor]](), list[int]()
+    for room in (99, 5):
+        seen = crowded(model, room)
+        own = list(loss_gradients(model, split, batch_size=16).values())
+        for score in ("activation", "taylor"):
+            config = FilterPruning(score=score, batch_size=16, score_images=20)
+            own.append(_scores(model, graph.spec, gmn.couplings(graph.spec), split, config))
+        found.append(own)
+    assert 1 < max(seen) <= 5
+    for whole, cut in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_self_supervised_training_in_pieces() -> None:
