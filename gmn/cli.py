@@ -300,7 +300,9 @@ STUDY = "Examples:  gmn study iou runs/graph-mask-voting   |   gmn study neighbo
 def study(
     name: Annotated[str, typer.Argument(metavar="NAME", help="iou, recall, neighbours, iterations or similarity.")],
     run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")],
-    similarity: Annotated[str | None, typer.Option("--similarity", help="Default: the recipe's.")] = None,
+    similarity: Annotated[
+        str | None, typer.Option("--similarity", help="Default: the recipe's. Study similarity: several.")
+    ] = None,
     targets: Annotated[int, typer.Option("--targets", min=1, help="At most so many tasks are averaged over.")] = 12,
     neighbours: Annotated[str, typer.Option("--neighbours", help="Numbers of neighbours.")] = "1,3,5,10",
     iterations: Annotated[str | None, typer.Option("--iterations", help="Numbers of steps.")] = None,

@@ -9,6 +9,7 @@ similarity  accuracy of the vote with near and with far neighbours           MVP
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -41,16 +42,21 @@ class Choices:
     """What a study is made of.
 
     Attributes:
-        similarity: How near tasks are found.
+        similarities: How near tasks are found; the study of near and far neighbours may compare several.
         targets: How many tasks it is averaged over.
         neighbours: Numbers of neighbours that vote.
         iterations: Numbers of steps.
     """
 
-    similarity: str
+    similarities: Sequence[str]
     targets: int
     neighbours: Sequence[int]
     iterations: Sequence[int]
+
+    @property
+    def similarity(self) -> str:
+        """The first of them."""
+        return self.similarities[0]
 
 
 def study(job: VoteJob, name: str, choices: Choices) -> Path:
@@ -60,7 +66,12 @@ def study(job: VoteJob, name: str, choices: Choices) -> Path:
         GmnError: if there is no such study, or too few tasks for it.
     """
     make, draw = STUDIES[name]
-    content = {"study": name, "recipe": job.recipe.name, "similarity": choices.similarity, **make(job, choices)}
+    content = {
+        "study": name,
+        "recipe": job.recipe.name,
+        "similarity": ", ".join(choices.similarities),
+        **make(job, choices),
+    }
     folder = job.run.folder / "studies"
     save_json(folder / f"{name}.json", content)
     paths = [plot(content, folder / file) for plot, file in draw]
@@ -154,17 +165,17 @@ def _iterations(job: VoteJob, choices: Choices) -> Study:
 
 def _similarity(job: VoteJob, choices: Choices) -> Study:
     series: dict[str, Any] = {}
-    for steps in choices.iterations:
-        means: list[float | None] = []
-        spreads: list[float | None] = []
-        for group in FIFTHS:
-            found = _measure(job, choices, "vote", group=int(group), iterations=steps, similarity=choices.similarity)
-            accuracies = [result["test_accuracy"] for result in found]
-            means.append(statistics.fmean(accuracies) if accuracies else None)
-            spreads.append(spread(accuracies) if accuracies else None)
-        series[f"{steps} steps"] = {"mean": means, "std": spreads}
+    for name, steps in itertools.product(choices.similarities, choices.iterations):
+        each = [
+            [r["test_accuracy"] for r in _measure(job, choices, "vote", group=n, iterations=steps, similarity=name)]
+            for n in range(1, len(FIFTHS) + 1)
+        ]
+        series[f"{steps} steps" if len(choices.similarities) == 1 else f"{name}, {steps} steps"] = {
+            "mean": [statistics.fmean(found) if found else None for found in each],
+            "std": [spread(found) if found else None for found in each],
+        }
     return {
-        "title": f"Near and far neighbours: five groups of equal intervals of {choices.similarity}",
+        "title": f"Near and far neighbours: five groups of equal intervals of {' or '.join(choices.similarities)}",
         "xlabel": "group of similarity",
         "groups": ["1 (nearest)", "2", "3", "4", "5 (farthest)"],
         "series": series,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from gmn import vote_page
-from gmn.cli_options import numbers
+from gmn.cli_options import numbers, words
 from gmn.engine import HERE, Engine
+from gmn.errors import GmnError
 from gmn.names import refuse_unknown
 from gmn.pipeline import reopened
 from gmn.run import load_report, open_run
@@ -29,6 +30,7 @@ def study(
 
     Args:
         engine: Where trials that nobody has made yet are trained.
+        similarity: A name, or several with commas for the study of near and far neighbours; None: the recipe's.
         neighbours, iterations: Numbers with commas; None for iterations takes fractions of the recipe's steps.
 
     Raises:
@@ -37,15 +39,18 @@ def study(
     refuse_unknown("study", name, STUDIES)
     counts = numbers("--neighbours", neighbours)
     load_report(open_run(run))  # a run that is not finished would be finished first
-    if similarity is not None:
-        similarity_by_name(similarity)
+    similarities = words(similarity) if similarity else []
+    for own in similarities:
+        similarity_by_name(own)
+    if len(similarities) > 1 and name != "similarity":
+        raise GmnError("a study of one similarity", expected="one name", got=repr(similarity), where="--similarity")
     job = reopened(run, engine)
     steps = job.recipe.vote.fit.iterations or 1
     usual = (
         [max(1, steps // 5), steps] if name == "similarity" else [max(1, steps * n // 10) for n in (1, 2, 5, 10, 20)]
     )
     chosen = Choices(
-        similarity or job.recipe.similarity.name, targets, counts, numbers("--iterations", iterations) or usual
+        similarities or [job.recipe.similarity.name], targets, counts, numbers("--iterations", iterations) or usual
     )
     picture = make(job, name, chosen)
     print(f"picture: {picture}\npage: {vote_page.write(run)}")

@@ -188,7 +188,9 @@ def all_units(job: VoteJob, layer: int) -> set[int]:
 def test_groups_part_the_neighbours_and_no_task_is_its_own(studied: Path) -> None:
     job = pipeline.reopened(studied)
     names = {task.name for task in job.zoo.tasks()}
-    pairs: list[tuple[Any, Ranking]] = list(studies._zoo_targets(job, studies.Choices("shared_classes", 12, [3], [10])))
+    pairs: list[tuple[Any, Ranking]] = list(
+        studies._zoo_targets(job, studies.Choices(["shared_classes"], 12, [3], [10]))
+    )
     assert [task.name for task, _ in pairs] == sorted(names)
     for task, others in pairs:
         assert set(others.names) == names - {task.name}
@@ -232,6 +234,17 @@ def test_accuracies_are_means_over_trials(studied: Path, vote_run: Finished) -> 
     assert bars["mean"][4] is not None
 
 
+def test_several_similarities_in_one_picture(run: Path) -> None:
+    usual: dict[str, Any] = {"targets": 1, "neighbours": "3", "iterations": "1"}
+    alone = content(run, "similarity")["series"]["1 steps"]
+    study_cli.study("similarity", run, similarity="leep, shared_classes", **usual)
+    found = content(run, "similarity")
+    assert list(found["series"]) == ["leep, 1 steps", "shared_classes, 1 steps"]
+    assert found["series"]["leep, 1 steps"] == alone
+    assert found["series"]["shared_classes, 1 steps"] != alone
+    assert found["similarity"] == "leep, shared_classes"
+
+
 def test_what_the_comparison_has_measured_is_not_run_again(
     vote_run: Finished, tiny_vote_recipe: VoteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +275,7 @@ def test_what_the_comparison_has_measured_is_not_run_again(
     [
         (["neighbors", "votes"], ["no such study", "did you mean 'neighbours'"]),
         (["iou", "votes", "--similarity", "leap"], ["unknown similarity 'leap'"]),
+        (["iou", "votes", "--similarity", "leep,prototypes"], ["a study of one similarity", "'leep,prototypes'"]),
         (["neighbours", "votes", "--neighbours", "0,3"], ["--neighbours", "'0,3'"]),
         (["neighbours", "votes", "--neighbours", ","], ["--neighbours", "','"]),
         (["iterations", "votes", "--iterations", "ten"], ["--iterations", "'ten'"]),
