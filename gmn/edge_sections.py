@@ -105,15 +105,19 @@ class Collected:
         side.extend(self.of_all.high, self.of_all.low, *rows)
         self.rows.append((first, side, rows))
 
-    def finish(self, degree: Tensor) -> set[int]:
-        """Zeros for nodes without messages; the chunks in which a node finds an extreme that it finds in others too.
+    def finish(self, degree: Tensor) -> None:
+        """Zeros for nodes without messages."""
+        for extreme in self.of_all[2:]:
+            extreme.masked_fill_(degree == 0, 0.0)
+
+    def crossed(self, degree: Tensor) -> set[int]:
+        """The chunks in which a node finds an extreme that it finds in others too.
 
         Equal weights have it so, and in large graphs chance: more extremes are found than there are nodes to find one.
         """
         found: set[int] = set()
         reached = len(self.of_all.high) * (degree > 0).sum()
         for which, extreme in enumerate(self.of_all[2:]):
-            extreme.masked_fill_(degree == 0, 0.0)
             hits = [side.gathered(extreme) == rows[which] for _, side, rows in self.rows]
             if torch.stack([hit.sum() for hit in hits]).sum() > reached:
                 counts = torch.zeros_like(extreme)

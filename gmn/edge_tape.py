@@ -241,9 +241,11 @@ class _Layer(Function):
                     tape.kernels.advance(e, ends.dst, ends.src)
             along.add(section.first, section.targets, [own for own, _ in each])
             back.add(section.first, section.sources, [own for _, own in each])
-        crossed = along.finish(tape.in_degree) | back.finish(tape.out_degree)
+        along.finish(tape.in_degree)
+        back.finish(tape.out_degree)
         if tape.keeps:  # detached: what autograd hands out must not be held by what it was made by
             extremes = tuple(x.detach() for own in (along, back) for x in own.of_all[2:])
+            crossed = along.crossed(tape.in_degree) | back.crossed(tape.out_degree)
             tape.layers.append(Layer(nodes, extremes, crossed))
         return token.clone(), *along.of_all, *back.of_all
 
@@ -256,11 +258,11 @@ class _Layer(Function):
             raise ConversionError(USED_UP)
         nodes, extremes, crossed = tape.layers[ctx.number]
         along, against = _upstream(grads_of_moments[:4], extremes[:2]), _upstream(grads_of_moments[4:], extremes[2:])
-        exact = tape.shared_by_ties(ctx.number, along, against) if crossed else None
+        divided = tape.shared_by_ties(ctx.number, along, against) if crossed else None
         total, buffers = Nodes(*(torch.zeros_like(v) for v in nodes)), tape.take_gradients()
         for section in tape.sections:
             upstream, found = section.upstream(along, against), []
-            shared = section.upstream(*exact) if exact and not crossed.isdisjoint(section.numbers) else upstream
+            shared = section.upstream(*divided) if divided and not crossed.isdisjoint(section.numbers) else upstream
             states = tape.rebuilt(section.numbers, section, ctx.number)
             for at, (number, ends, e) in enumerate(zip(section.numbers, section.ends(nodes), states, strict=True)):
                 with tape.opened(buffers[number]) as grad:

@@ -96,8 +96,8 @@ def test_tied_extremes_share_the_gradient(megabytes: float | None) -> None:
     graph = to_graph(model, torch.zeros(1, 3, dtype=torch.float64))
     gradients, crossed = [], []
     with pytest.MonkeyPatch.context() as patch:
-        plain = Collected.finish
-        patch.setattr(Collected, "finish", lambda *own: crossed.append(plain(*own)) or crossed[-1])
+        plain = Collected.crossed
+        patch.setattr(Collected, "crossed", lambda *own: crossed.append(plain(*own)) or crossed[-1])
         for options in ({"max_chunk_mb": megabytes}, {"backend": "pyg"}):
             meta = metanetwork(graph, **options)
             gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters())))
