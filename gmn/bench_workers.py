@@ -1,7 +1,7 @@
 """Processes that measure something in turns, so that a drift of the machine falls on all alike (A B A B).
 
-Each has its own memory: what it reports is its own. A worker imports a module, calls its `prepare` with the facts, and
-then takes one turn whenever it is told to.
+Each has its own memory: what it reports is its own; on an accelerator it gives back after a turn what it can. A worker
+imports a module, calls its `prepare` with the facts, and then takes one turn whenever it is told to.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def serve(module: str, settings: str) -> None:
 
     facts = json.loads(settings)
     device = torch.device(facts["device"])
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events and waits are of the current one
     torch.set_num_threads(facts["threads"])
     total = machine_memory()
     if device.type == "cpu" and total is not None:  # a driver maps more than it takes
@@ -125,6 +127,7 @@ def serve(module: str, settings: str) -> None:
         _say(**about, base_mb=_held(device))
         for word in sys.stdin:
             _say(**turn(word.strip() == "last"), peak_mb=_peak(device))
+            torch.cuda.empty_cache()
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises a RuntimeError
         text = str(error).split("\n")[0]
         _say(failed="out of memory" if "memory" in text else text)

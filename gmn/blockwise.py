@@ -114,7 +114,7 @@ def backward(e: Tensor, grad: Tensor, ends: Ends, along: Upstream, against: Upst
     Args:
         e: The states before the layer.
         along, against: What comes back to the moments at the targets and at the sources.
-        shared: Gradients of extremes are divided by their ties already; else all ties of a node lie in this chunk.
+        shared: Gradients of extremes are divided by their ties already; else those of a node lie in one row or column.
     """
     ds = grad * e
     dst = over_sources(ds, ends.src)

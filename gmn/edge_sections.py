@@ -90,9 +90,11 @@ class Collected:
 
     Args:
         like: [H, N].
+        keeps: Whether somebody will ask which chunks have extremes in common.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, *, keeps: bool) -> None:
+        self.keeps = keeps
         self.of_all = Moments(*(torch.full_like(like, value) for value in (0, 0, -torch.inf, torch.inf)))
         self.rows: list[tuple[int, Side, tuple[Tensor, ...]]] = []
 
@@ -103,7 +105,8 @@ class Collected:
         side.add(self.of_all.squares, squares)
         rows = tuple(in_a_row(each) for each in extremes)
         side.extend(self.of_all.high, self.of_all.low, *rows)
-        self.rows.append((first, side, rows))
+        if self.keeps:
+            self.rows.append((first, side, rows))
 
     def finish(self, degree: Tensor) -> None:
         """Zeros for nodes without messages."""
@@ -111,7 +114,7 @@ class Collected:
             extreme.masked_fill_(degree == 0, 0.0)
 
     def crossed(self, degree: Tensor) -> set[int]:
-        """The chunks in which a node finds an extreme that it finds in others too.
+        """The chunks in which a node finds an extreme that it finds in others too, or twice among their parts.
 
         Equal weights have it so, and in large graphs chance: more extremes are found than there are nodes to find one.
         """
@@ -120,13 +123,19 @@ class Collected:
         for which, extreme in enumerate(self.of_all[2:]):
             hits = [side.gathered(extreme) == rows[which] for _, side, rows in self.rows]
             if torch.stack([hit.sum() for hit in hits]).sum() > reached:
-                counts = torch.zeros_like(extreme)
-                for (_, side, _), hit in zip(self.rows, hits, strict=True):
-                    side.add(counts, [hit.to(counts.dtype)])
-                for (first, side, _), hit in zip(self.rows, hits, strict=True):
-                    own = hit & (side.gathered(counts) > 1)
-                    found |= {first + n for n, part in enumerate(own.split(side.sizes)) if part.any()}
+                found |= self._several(extreme, hits)
         return found
+
+    def _several(self, extreme: Tensor, hits: Sequence[Tensor]) -> set[int]:
+        counts = torch.zeros_like(extreme)
+        for (_, side, _), hit in zip(self.rows, hits, strict=True):
+            side.add(counts, [hit.to(counts.dtype)])
+        numbers, flags = list[int](), list[Tensor]()
+        for (first, side, _), hit in zip(self.rows, hits, strict=True):
+            parts = (hit & (side.gathered(counts) > 1)).split(side.sizes)
+            numbers += range(first, first + len(parts))
+            flags += [part.any() for part in parts]
+        return {number for number, flag in zip(numbers, torch.stack(flags).tolist(), strict=True) if flag}
 
 
 def in_a_row(values: Sequence[Tensor]) -> Tensor:
@@ -172,7 +181,7 @@ class Section:
         self.sources.add_pairs(total.pairs, src)
 
 
-@functools.lru_cache(maxsize=16)  # a metanetwork meets the same graphs again and again
+@functools.lru_cache(maxsize=4)  # the same graphs again and again; an index may have a fifth of the states' size
 def sections(
     blocks: tuple[EdgeBlock, ...],
     alike: tuple[Hashable, ...],

@@ -40,7 +40,7 @@ class Layer(NamedTuple):
 
     Attributes:
         extremes: [H, N]: high and low of the messages along the edges, and of those against them.
-        crossed: Numbers of the chunks in which a node finds an extreme that it finds in others too.
+        crossed: Numbers of the chunks in which a node finds an extreme that it finds elsewhere too.
     """
 
     nodes: Nodes
@@ -86,7 +86,7 @@ class EdgeTape:
     ) -> None:
         if torch.is_grad_enabled() and any(f.requires_grad for f in features):
             raise ConversionError("edge features cannot have gradients in the blocks backend", hint="use backend: pyg")
-        self.blocks, self.features, self.nodes, self.hidden = blocks, features, nodes, hidden
+        self.features, self.hidden = features, hidden
         self.encoders, self.decoders, self.kernels = encoders, decoders, kernels
         sample = features[0]
         self.dtype, self.stored = sample.dtype, stored or sample.dtype
@@ -230,7 +230,7 @@ class _Layer(Function):
         ctx.tape, ctx.number = tape, len(tape.layers)
         sent, against, left, right = (v.detach() for v in (sent, against, left, right))
         nodes = Nodes(sent, against, torch.stack((left, right), 1))
-        along, back = Collected(sent), Collected(sent)
+        along, back = (Collected(sent, keeps=tape.keeps) for _ in range(2))
         if ctx.number in tape.kept:
             tape.kept[ctx.number] = [e.clone() for e in tape.states]
         for section in tape.sections:

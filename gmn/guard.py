@@ -69,10 +69,11 @@ class Pieces:
         """Sums over a batch of what is computed of each piece."""
 
         def sums() -> list[Tensor]:
-            found: list[Tensor] = []
-            for piece in self.cut(batch):
-                own = compute(*piece)
-                found = [a + b for a, b in zip(found, own, strict=True)] if found else list(own)
+            pieces = self.cut(batch)
+            found = list(compute(*next(pieces)))
+            for piece in pieces:
+                for at, more in enumerate(compute(*piece)):
+                    found[at] = found[at] + more
             return found
 
         return self._whole(sums)

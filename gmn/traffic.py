@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,10 @@ class Traffic(TorchDispatchMode):
     ...     y = torch.eq(x, x, out=y)  # the same
     >>> traffic.bytes
     16000
+    >>> with Traffic() as traffic:
+    ...     y = x.index_select(0, torch.tensor([7, 5]))  # two numbers of x and two of the index are read, two written
+    >>> traffic.bytes
+    32
     """
 
     def __init__(self) -> None:
@@ -41,8 +46,18 @@ class Traffic(TorchDispatchMode):
             options = {key: value for key, value in (kwargs or {}).items() if key != "out"}
             read = {x.data_ptr(): x for x in tree_leaves((given, options)) if isinstance(x, Tensor)}
             written = [] if name.startswith("empty") else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-            self.bytes += sum(map(_size, (*read.values(), *written)))
+            most = _touched(name, args, result)
+            for x in (*read.values(), *written):
+                first = bool(args) and isinstance(args[0], Tensor) and x.data_ptr() == args[0].data_ptr()
+                self.bytes += int(min(_size(x), most)) if first else _size(x)
         return result
+
+
+def _touched(name: str, args: Any, result: Any) -> float:
+    """At most so many bytes of what an operation gets first: with an index it reads, or changes, some of it."""
+    if name == "index_select":
+        return _size(result)
+    return _size(args[3]) if name in ("index_add_", "scatter_reduce_") else math.inf
 
 
 def _size(x: Tensor) -> int:

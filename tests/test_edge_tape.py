@@ -2,7 +2,7 @@
 
 * Gradients are those of the formula, in double precision, by finite differences; messages that tie for an extreme share
   its gradient evenly, wherever the chunks are cut. Autocast changes nothing.
-* The size of the chunks changes nothing but the last bits; no node lies in two parts of one chunk.
+* The size of the chunks changes nothing but the last bits; a node may lie in several parts of one chunk.
 * Every edge lies in exactly one chunk, and chunks keep to their size where one row does.
 * Memory: one buffer of all edge states, whatever the number of layers, and the kept states there is room for, which
   change no bit.
@@ -104,6 +104,35 @@ def test_tied_extremes_share_the_gradient(megabytes: float | None) -> None:
     assert any(map(bool, crossed)) == (megabytes is not None)
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+class Twins(nn.Module):
+    """Two layers with the same weights from the same nodes to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right, self.last = (nn.Linear(*size) for size in ((3, 4), (4, 5), (4, 5), (5, 2)))
+        self.right.load_state_dict(self.left.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(torch.relu(self.left(x) + self.right(x)))  # type: ignore[no-any-return]
+
+
+def test_ties_between_parts_of_one_chunk() -> None:
+    torch.manual_seed(0)
+    graph = to_graph(Twins().double(), torch.zeros(1, 3, dtype=torch.float64))
+    gradients, crossed = [], list[set[int]]()
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Collected.crossed
+        patch.setattr(Collected, "crossed", lambda *own: crossed.append(plain(*own)) or crossed[-1])
+        for options in ({}, {"backend": "pyg"}):
+            meta = metanetwork(graph, layers=1, **options)
+            gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters()), allow_unused=True))
+    assert any(len(found) == 1 for found in crossed)
+    for ours, reference in zip(*gradients, strict=True):
+        if reference is not None:
+            torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
 
 
 def test_autocast_changes_nothing() -> None:

@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,28 @@ def test_the_same_classes_are_nearest(name: str, zoo: Zoo, backbone: Backbone, d
     assert (found.flops > 0) == (name in ("prototypes", "leep"))
     if name != "shared_parents":  # several tasks have an odd and an even digit
         assert found.nearest(3)[0] == task.name
+
+
+def test_a_search_in_pieces(zoo: Zoo, backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that have no memory for many images at a time answer the same."""
+    data, plain, seen = task_data(digits, zoo.tasks()[0].classes), Backbone.rebuilt, list[int]()
+    whole = found_by("leep", backbone, zoo, data)
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
+        if len(inputs[0]) > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        seen.append(len(inputs[0]))
+
+    def rebuilt(*own: Any) -> torch.nn.Module:
+        model = plain(*own)
+        model.register_forward_hook(hook)
+        return model
+
+    monkeypatch.setattr(Backbone, "rebuilt", rebuilt)
+    cut = found_by("leep", backbone, zoo, data)
+    assert (cut.names, cut.flops) == (whole.names, whole.flops)
+    assert cut.scores == pytest.approx(whole.scores, rel=1e-5)
+    assert 1 < max(seen) <= 60
 
 
 def test_a_vote_starts_from_its_neighbours(zoo: Zoo, backbone: Backbone, digits: Data) -> None:
