@@ -116,10 +116,9 @@ def bench(cases: Cases, *, rounds: int, chunk_mb: float | None) -> list[Measured
             outcomes = in_turns(workers, rounds, lambda name=graph: advance(name))
             for own, outcome in zip(each, outcomes, strict=True):
                 sizes = {key: outcome.about[key] for key in ("nodes", "edges", "least_gb") if key in outcome.about}
-                more: dict[str, Any] = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
-                more["device"] = device_name(device)
                 seconds, moved = outcome.median.get("seconds", 0.0), outcome.last.get("moved_gb", 0.0)
-                found.append(Measured(**own, **sizes, **more, seconds=seconds, moved_gb=moved))
+                numbers = {**sizes, **outcome.row, "seconds": seconds, "moved_gb": moved}
+                found.append(Measured(**own, **numbers, device=device_name(device)))
     return found
 
 

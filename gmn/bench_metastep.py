@@ -100,10 +100,8 @@ def bench(
             more = {"batch_size": min(batch_size, images), "device": str(place)}
             workers = [Worker(__name__, {**case, **more}) for case in each]
             for case, outcome in zip(each, in_turns(workers, rounds, lambda: advance("")), strict=True):
-                more = {"rounds": outcome.rounds, "peak_mb": outcome.peak_mb, "failed": outcome.failed}
-                more["device"] = device_name(place)
-                base = outcome.about.get("base_mb", 0.0)
-                found.append(Measured(**case, seconds=outcome.median, base_mb=base, **more))
+                numbers = {**outcome.row, "seconds": outcome.median, "base_mb": outcome.about.get("base_mb", 0.0)}
+                found.append(Measured(**case, **numbers, device=device_name(place)))
     return found
 
 

@@ -43,6 +43,11 @@ class Outcome:
     peak_mb: float
     failed: str = ""
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """What every table says of it."""
+        return {"rounds": self.rounds, "peak_mb": self.peak_mb, "failed": self.failed}
+
 
 class Worker:
     """A process that takes turns.

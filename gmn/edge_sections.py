@@ -90,11 +90,12 @@ class Collected:
 
     Args:
         like: [H, N].
+        degree: [N], messages that a node gets.
         keeps: Whether somebody will ask which chunks have extremes in common.
     """
 
-    def __init__(self, like: Tensor, *, keeps: bool) -> None:
-        self.keeps = keeps
+    def __init__(self, like: Tensor, degree: Tensor, *, keeps: bool) -> None:
+        self.degree, self.keeps = degree, keeps
         self.of_all = Moments(*(torch.full_like(like, value) for value in (0, 0, -torch.inf, torch.inf)))
         self.rows: list[tuple[int, Side, tuple[Tensor, ...]]] = []
 
@@ -108,18 +109,19 @@ class Collected:
         if self.keeps:
             self.rows.append((first, side, rows))
 
-    def finish(self, degree: Tensor) -> None:
-        """Zeros for nodes without messages."""
+    def finished(self) -> Moments:
+        """With zeros for nodes without messages."""
         for extreme in self.of_all[2:]:
-            extreme.masked_fill_(degree == 0, 0.0)
+            extreme.masked_fill_(self.degree == 0, 0.0)
+        return self.of_all
 
-    def crossed(self, degree: Tensor) -> set[int]:
+    def crossed(self) -> set[int]:
         """The chunks in which a node finds an extreme that it finds in others too, or twice among their parts.
 
         Equal weights have it so, and in large graphs chance: more extremes are found than there are nodes to find one.
         """
         found: set[int] = set()
-        reached = len(self.of_all.high) * (degree > 0).sum()
+        reached = len(self.of_all.high) * (self.degree > 0).sum()
         for which, extreme in enumerate(self.of_all[2:]):
             hits = [side.gathered(extreme) == rows[which] for _, side, rows in self.rows]
             if torch.stack([hit.sum() for hit in hits]).sum() > reached:

@@ -230,7 +230,7 @@ class _Layer(Function):
         ctx.tape, ctx.number = tape, len(tape.layers)
         sent, against, left, right = (v.detach() for v in (sent, against, left, right))
         nodes = Nodes(sent, against, torch.stack((left, right), 1))
-        along, back = (Collected(sent, keeps=tape.keeps) for _ in range(2))
+        along, back = (Collected(sent, degree, keeps=tape.keeps) for degree in (tape.in_degree, tape.out_degree))
         if ctx.number in tape.kept:
             tape.kept[ctx.number] = [e.clone() for e in tape.states]
         for section in tape.sections:
@@ -241,13 +241,11 @@ class _Layer(Function):
                     tape.kernels.advance(e, ends.dst, ends.src)
             along.add(section.first, section.targets, [own for own, _ in each])
             back.add(section.first, section.sources, [own for _, own in each])
-        along.finish(tape.in_degree)
-        back.finish(tape.out_degree)
+        moments = along.finished(), back.finished()
         if tape.keeps:  # detached: what autograd hands out must not be held by what it was made by
-            extremes = tuple(x.detach() for own in (along, back) for x in own.of_all[2:])
-            crossed = along.crossed(tape.in_degree) | back.crossed(tape.out_degree)
-            tape.layers.append(Layer(nodes, extremes, crossed))
-        return token.clone(), *along.of_all, *back.of_all
+            extremes = tuple(x.detach() for own in moments for x in own[2:])
+            tape.layers.append(Layer(nodes, extremes, along.crossed() | back.crossed()))
+        return token.clone(), *moments[0], *moments[1]
 
     @staticmethod
     @exact

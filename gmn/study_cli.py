@@ -39,7 +39,7 @@ def study(
     refuse_unknown("study", name, STUDIES)
     counts = numbers("--neighbours", neighbours)
     load_report(open_run(run))  # a run that is not finished would be finished first
-    similarities = words(similarity) if similarity else []
+    similarities = [] if similarity is None else words(similarity)
     for own in similarities:
         similarity_by_name(own)
     if len(similarities) > 1 and name != "similarity":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -47,17 +46,15 @@ class Traffic(TorchDispatchMode):
             read = {x.data_ptr(): x for x in tree_leaves((given, options)) if isinstance(x, Tensor)}
             written = [] if name.startswith("empty") else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             most = _touched(name, args, result)
-            for x in (*read.values(), *written):
-                first = bool(args) and isinstance(args[0], Tensor) and x.data_ptr() == args[0].data_ptr()
-                self.bytes += int(min(_size(x), most)) if first else _size(x)
+            self.bytes += sum(min(_size(x), most.get(x.data_ptr(), _size(x))) for x in (*read.values(), *written))
         return result
 
 
-def _touched(name: str, args: Any, result: Any) -> float:
-    """At most so many bytes of what an operation gets first: with an index it reads, or changes, some of it."""
+def _touched(name: str, args: Any, result: Any) -> dict[int, int]:
+    """By address, how many bytes of what it gets first an operation reads or changes at most, as an index says."""
     if name == "index_select":
-        return _size(result)
-    return _size(args[3]) if name in ("index_add_", "scatter_reduce_") else math.inf
+        return {args[0].data_ptr(): _size(result)}
+    return {args[0].data_ptr(): _size(args[3])} if name in ("index_add_", "scatter_reduce_") else {}
 
 
 def _size(x: Tensor) -> int:

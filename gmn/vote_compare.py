@@ -130,8 +130,8 @@ class _Results:
 
     def has_with_another_zoo(self, trial: Trial) -> bool:
         """Whether a trial that is not known was made when other tasks could vote."""
-        wanted = dataclasses.asdict(trial)
-        return any(_key({**result, "zoo": trial.zoo}) == _key(wanted) for result in self.known.values())
+        wanted = _key(dataclasses.asdict(trial))
+        return any(_key({**result, "zoo": trial.zoo}) == wanted for result in self.known.values())
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -94,16 +94,22 @@ def test_tied_extremes_share_the_gradient(megabytes: float | None) -> None:
         model[2].weight.fill_(-0.2)
         model[2].bias.fill_(0.2)
     graph = to_graph(model, torch.zeros(1, 3, dtype=torch.float64))
-    gradients, crossed = [], []
+    assert list(map(bool, tied_chunks(graph, max_chunk_mb=megabytes))) == [megabytes is not None] * 2
+
+
+def tied_chunks(graph: NetworkGraph, **options: object) -> list[set[int]]:
+    """Of each layer, the chunks with extremes that are found elsewhere too; gradients are those of the reference."""
+    gradients, crossed = [], list[set[int]]()
     with pytest.MonkeyPatch.context() as patch:
         plain = Collected.crossed
-        patch.setattr(Collected, "crossed", lambda *own: crossed.append(plain(*own)) or crossed[-1])
-        for options in ({"max_chunk_mb": megabytes}, {"backend": "pyg"}):
-            meta = metanetwork(graph, **options)
-            gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters())))
-    assert any(map(bool, crossed)) == (megabytes is not None)
+        patch.setattr(Collected, "crossed", lambda own: crossed.append(plain(own)) or crossed[-1])
+        for backend in ("blocks", "pyg"):
+            meta = metanetwork(graph, **options, backend=backend)
+            parameters = list(meta.parameters())
+            gradients.append(torch.autograd.grad(loss_of(meta, graph), parameters, materialize_grads=True))
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+    return [along | against for along, against in zip(crossed[::2], crossed[1::2], strict=True)]
 
 
 class Twins(nn.Module):
@@ -122,17 +128,7 @@ class Twins(nn.Module):
 def test_ties_between_parts_of_one_chunk() -> None:
     torch.manual_seed(0)
     graph = to_graph(Twins().double(), torch.zeros(1, 3, dtype=torch.float64))
-    gradients, crossed = [], list[set[int]]()
-    with pytest.MonkeyPatch.context() as patch:
-        plain = Collected.crossed
-        patch.setattr(Collected, "crossed", lambda *own: crossed.append(plain(*own)) or crossed[-1])
-        for options in ({}, {"backend": "pyg"}):
-            meta = metanetwork(graph, layers=1, **options)
-            gradients.append(torch.autograd.grad(loss_of(meta, graph), list(meta.parameters()), allow_unused=True))
-    assert any(len(found) == 1 for found in crossed)
-    for ours, reference in zip(*gradients, strict=True):
-        if reference is not None:
-            torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+    assert [len(found) for found in tied_chunks(graph, layers=1)] == [1]
 
 
 def test_autocast_changes_nothing() -> None:

@@ -275,6 +275,7 @@ def test_what_the_comparison_has_measured_is_not_run_again(
     [
         (["neighbors", "votes"], ["no such study", "did you mean 'neighbours'"]),
         (["iou", "votes", "--similarity", "leap"], ["unknown similarity 'leap'"]),
+        (["iou", "votes", "--similarity", ""], ["unknown similarity ''"]),
         (["iou", "votes", "--similarity", "leep,prototypes"], ["a study of one similarity", "'leep,prototypes'"]),
         (["neighbours", "votes", "--neighbours", "0,3"], ["--neighbours", "'0,3'"]),
         (["neighbours", "votes", "--neighbours", ","], ["--neighbours", "','"]),
