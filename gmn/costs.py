@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import nn
 
 from gmn.batches import tensors_in
@@ -34,12 +33,14 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     >>> cost(nn.Linear(10, 5, bias=False), torch.zeros(1, 10))
     Cost(flops=50.0, parameters=50)
     """
+    from torch_pruning.utils import count_ops_and_params  # imports timm and torchvision, which takes seconds
+
     args, kwargs = split_inputs(example_inputs)
     # torch-pruning divides by the batch size itself, but sees it only in positional arguments
     batch = next((a.shape[0] for a in kwargs.values() if isinstance(a, torch.Tensor)), 1)
     with evaluation(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flops = torch_pruning.utils.count_ops_and_params(model, kwargs or (args[0] if len(args) == 1 else args))[0]
+        flops = count_ops_and_params(model, kwargs or (args[0] if len(args) == 1 else args))[0]
     return Cost(float(flops) / batch, sum(p.numel() for p in model.parameters()))
 
 

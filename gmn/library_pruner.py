@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch_pruning as tp
 from torch import nn
 
 from gmn.costs import Cost, cost
@@ -42,6 +41,8 @@ def library_pruner(
     Raises:
         PruningError: if the network has attention, a pattern matches no layer, or torch-pruning cannot follow it.
     """
+    import torch_pruning as tp  # seconds to import, so only for those who ask
+
     if spec.heads:
         raise PruningError("the rows of torch-pruning do not know attention heads", hint=LEAVE_OUT)
     kind: Any = tp.pruner.GroupNormPruner if sparse else tp.pruner.BasePruner  # `least` below is ours

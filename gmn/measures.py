@@ -10,7 +10,6 @@ import math
 from collections.abc import Collection, Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from gmn.errors import GmnError
@@ -39,6 +38,8 @@ def matched(similarities: Tensor) -> float:
     >>> matched(torch.tensor([[0.9, 0.8], [0.7, 0.0]]))  # 0.8 and 0.7; 0.9 would leave 0.0 to the other two
     0.75
     """
+    from scipy.optimize import linear_sum_assignment  # a second to import
+
     if similarities.dim() != 2 or not similarities.numel() or not bool(similarities.isfinite().all()):
         raise GmnError(
             "these similarities match nothing", expected="a matrix of finite values", got=shape_of(similarities)

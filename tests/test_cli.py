@@ -20,18 +20,12 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 Here = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("name", ["meta-train", "prune", "report", "cost", "inspect", "convert", "export"])
-def test_help_has_an_example(command: Command, tmp_path: Path, name: str) -> None:
-    result = command(name, "--help", cwd=tmp_path)
+def test_the_command_answers(command: Command, tmp_path: Path) -> None:
+    result = command("meta-train", "--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert f"gmn {name}" in result.stdout
     assert "Example" in result.stdout
-
-
-def test_help_says_that_curves_are_not_fine_tuned(command: Command, tmp_path: Path) -> None:
-    said = " ".join(command("curve", "--help", cwd=tmp_path).stdout.split())
-    assert "By default nothing is fine-tuned" in said
-    assert "give --finetune-images" in said
+    assert "'quickstart'" in wrong(command, tmp_path, "meta-train", "quickstrat")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_shortened_quickstart(command: Command, tmp_path: Path) -> None:
@@ -60,48 +54,13 @@ def wrong(command: Command, cwd: Path, *arguments: str) -> str:
     return lines[0]
 
 
-def test_mistakes_in_the_call(command: Command, tmp_path: Path) -> None:
-    assert "'quickstart'" in wrong(command, tmp_path, "meta-train", "quickstrat")
-    assert "'epochs'" in wrong(command, tmp_path, "meta-train", "quickstart", "--set", "meta_train.epoch=3")
-    assert "nothing learnt here" in wrong(command, tmp_path, "prune", "quickstart", "--meta", "nowhere")
-    assert "not a run folder" in wrong(command, tmp_path, "report", "nowhere")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_data_file(command: Command, tmp_path: Path) -> None:
-    overrides = ["--set", "data.name=parquet", "--set", "data.train=no.parquet", "--set", "data.test=no.parquet"]
-    assert "no.parquet" in wrong(command, tmp_path, "meta-train", "quickstart", *overrides)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_speed_up_out_of_reach(command: Command, tmp_path: Path) -> None:
-    overrides = [part for override in [*TINY, "prune.speed_up=500"] for part in ("--set", override)]
-    line = wrong(command, tmp_path, "meta-train", "quickstart", *overrides)
-    assert "out of reach" in line
-    assert "max_ratio" in line
-    assert list(tmp_path.iterdir()) == []  # found out before anything was trained
-
-
-def test_weights_with_nan(command: Command, tmp_path: Path) -> None:
-    import gmn
-
-    model = gmn.build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"width": 4, "shortcut": "B"})
-    state = model.state_dict()
-    state["layer1.0.conv1.weight"][0] = float("nan")
-    torch.save(state, tmp_path / "bad.pt")
-    overrides = [part for override in [*TINY, "network.weights=bad.pt"] for part in ("--set", override)]
-    line = wrong(command, tmp_path, "meta-train", "quickstart", *overrides)
-    assert "not finite" in line
-    assert "layer1.0.conv1.weight" in line
-
-
 def test_debug_shows_the_traceback(command: Command, tmp_path: Path) -> None:
     result = command("--debug", "report", "nowhere", cwd=tmp_path)
     assert result.returncode != 0
     assert "Traceback" in result.stderr
 
 
-# -- inspect and convert: many short calls, so in this process ---------------------------------------------------------
+# -- many short calls, so in this process ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -122,6 +81,65 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         return code, *capsys.readouterr()
 
     return call
+
+
+def mistake(here: Here, *arguments: str) -> str:
+    """The one line that a wrong call prints."""
+    code, out, err = here(*arguments)
+    assert (code, out) == (2, "")
+    # a busy machine takes a second for what takes none, and progress says so
+    lines = [line for line in err.splitlines() if not re.search(r": \d+\.\d s(,|$)", line)]
+    assert len(lines) == 1
+    assert lines[0].startswith("gmn: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["meta-train", "prune", "report", "cost", "inspect", "convert", "export"])
+def test_help_has_an_example(here: Here, name: str) -> None:
+    code, out, _ = here(name, "--help")
+    assert code == 0
+    assert f"gmn {name}" in out
+    assert "Example" in out
+
+
+def test_help_says_that_curves_are_not_fine_tuned(here: Here) -> None:
+    said = " ".join(here("curve", "--help")[1].split())
+    assert "By default nothing is fine-tuned" in said
+    assert "give --finetune-images" in said
+
+
+def test_mistakes_in_the_call(here: Here, tmp_path: Path) -> None:
+    assert "'epochs'" in mistake(here, "meta-train", "quickstart", "--set", "meta_train.epoch=3")
+    assert "nothing learnt here" in mistake(here, "prune", "quickstart", "--meta", "nowhere")
+    assert "not a run folder" in mistake(here, "report", "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_data_file(here: Here, tmp_path: Path) -> None:
+    overrides = ["--set", "data.name=parquet", "--set", "data.train=no.parquet", "--set", "data.test=no.parquet"]
+    assert "no.parquet" in mistake(here, "meta-train", "quickstart", *overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_speed_up_out_of_reach(here: Here, tmp_path: Path) -> None:
+    overrides = [part for override in [*TINY, "prune.speed_up=500"] for part in ("--set", override)]
+    line = mistake(here, "meta-train", "quickstart", *overrides)
+    assert "out of reach" in line
+    assert "max_ratio" in line
+    assert list(tmp_path.iterdir()) == []  # found out before anything was trained
+
+
+def test_weights_with_nan(here: Here, tmp_path: Path) -> None:
+    import gmn
+
+    model = gmn.build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"width": 4, "shortcut": "B"})
+    state = model.state_dict()
+    state["layer1.0.conv1.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "bad.pt")
+    overrides = [part for override in [*TINY, "network.weights=bad.pt"] for part in ("--set", override)]
+    line = mistake(here, "meta-train", "quickstart", *overrides)
+    assert "not finite" in line
+    assert "layer1.0.conv1.weight" in line
 
 
 def test_inspect(here: Here, tmp_path: Path) -> None:
@@ -156,17 +174,6 @@ def test_convert_there_and_back(here: Here, tmp_path: Path) -> None:
     assert (tmp_path / "graph.safetensors").read_bytes() == before
     assert here(*there, "--overwrite")[0] == 0
     assert "(100%)" in here("inspect", "graph.safetensors")[1]
-
-
-def mistake(here: Here, *arguments: str) -> str:
-    """The one line that a wrong call prints."""
-    code, out, err = here(*arguments)
-    assert (code, out) == (2, "")
-    # a busy machine takes a second for what takes none, and progress says so
-    lines = [line for line in err.splitlines() if not re.search(r": \d+\.\d s(,|$)", line)]
-    assert len(lines) == 1
-    assert lines[0].startswith("gmn: ")
-    return lines[0]
 
 
 def test_mistakes_of_inspect_and_convert(here: Here, tmp_path: Path) -> None:
