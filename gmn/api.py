@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gmn.backbone import Backbone
+from gmn.backbone import Backbone, cut_inside
 from gmn.builder import Layout
 from gmn.checkpoint import load_json, load_metanetwork, load_model
 from gmn.convert import to_graph, to_model
@@ -109,7 +109,7 @@ def load_voters(folder: Path) -> Voters:
     path = folder / NETWORK / "model.json"
     if (size := stated_size(load_json(path), str(path))) is None:
         raise CheckpointError("the network does not say the size of its input", where=str(path))
-    backbone = Backbone.of(model, torch.zeros(1, *size), only_inside=zoo.about.get("pruner") == "heads")
+    backbone = Backbone.of(model, torch.zeros(1, *size), only_inside=cut_inside(zoo.about))
     return Voters(Zoo.open(folder, backbone.about()), backbone)
 
 
@@ -198,7 +198,7 @@ def prune(
         finetune: The fine-tuning after the metanetwork and the one after pruning; needs `data`; may distil from it.
         data: From `gmn.load_data`; also recalibrates batch norms (on `recalibrate_images` images) and evaluates.
         reconstruct_images: To fit each layer to its unpruned outputs with, in place of recalibrating; 0: off.
-        augment: Random changes of the training images.
+        augment: Random changes of the training images, also of those that batch norms are recalibrated on.
         criterion: How what goes is scored: a `gmn.Criterion`, or its score, such as "taylor" (which needs `data`).
         on_unknown: See `gmn.to_graph`; "keep" never prunes around a layer without a rule.
         seed: Seed of the fine-tuning, and of what a criterion draws.
@@ -224,7 +224,8 @@ def prune(
     gradients = None if data is None else gradients_for(own, current, data.train, seed=seed)
     pruned = prune_by_pattern(current, graph, example_inputs, config, own, gradients=gradients)
     if data is not None:
-        mend(current, pruned, graph.spec, data.train, reconstruct_images, recalibrate_images, seed=seed)
+        images = reconstruct_images, recalibrate_images
+        mend(current, pruned, graph.spec, data.train, *images, seed=seed, augment=augment)
     tune(pruned.model, "after pruning", mask=pruned.weights)
     return _result(pruned.model, pruned.before, example_inputs, data, pruned.weights)
 

@@ -79,6 +79,11 @@ class Backbone:
         return model.eval()
 
 
+def cut_inside(about: Mapping[str, Any]) -> bool:
+    """Whether the tasks of a zoo keep their residual streams whole, from what the zoo says of itself."""
+    return about.get("only_inside") is True or about.get("pruner") == "heads"
+
+
 PROTOTYPE_IMAGES = 50
 """Training images of a class that its prototype is the mean of."""
 

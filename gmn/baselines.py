@@ -34,7 +34,7 @@ from gmn.settings import Fit
 from gmn.stages import stage
 from gmn.state_dict import checksum
 from gmn.trace import clone
-from gmn.training import evaluate, recalibrate
+from gmn.training import evaluate
 from gmn.weight_masks import WeightMask
 
 Regularize = Callable[[], None]
@@ -159,12 +159,11 @@ class Trial:
 
     def prune_with_library(self, model: nn.Module, *, sparse: bool = False) -> nn.Module:
         """The network, pruned in place with torch-pruning's scores."""
-        recipe = self.job.recipe
         assert self.target is not None  # recipes refuse these rows with other patterns
         with self._stage("pruning", speed_up=self.target):
             pruner = self.job.library_pruner(model, sparse=sparse)
-            model = prune_with(pruner, self.job.example, self.target, self.before)
-            recalibrate(model, self.job.data.train, recipe.prune.recalibrate, seed=recipe.seed)
+            model = prune_with(pruner, self.job.example, self.target, self.before, self.job.recipe.prune)
+            self.job.recalibrate(model)
         return model
 
     def end(self, model: nn.Module, settings: Fit | None = None, mask: WeightMask | None = None) -> nn.Module:

@@ -25,7 +25,7 @@ from gmn.meta_job import MetaJob
 from gmn.progress import Advance, track
 from gmn.surgery import remove, settled
 from gmn.trace import clone
-from gmn.training import evaluate, recalibrate
+from gmn.training import evaluate
 
 POINTS = 8
 IMAGES = 2000
@@ -53,10 +53,10 @@ def curve_of(
 
     Where single weights go, (share of the parameters that is left, validation accuracy).
     """
-    own, channels = job.recipe, job.recipe.prune.of_channels
+    channels = job.recipe.prune.of_channels
     found: list[Point] = []
     for smaller in itertools.chain([clone(model)], (_cut if channels else _masked)(job, model, points)):
-        recalibrate(smaller, job.data.train, own.prune.recalibrate, seed=own.seed)
+        job.recalibrate(smaller)
         accuracy, after = evaluate(smaller, job.data.val, limit=images).accuracy, job.cost(smaller)
         place = before.flops / after.flops if channels else after.parameters / before.parameters
         found.append((place, accuracy))
@@ -101,25 +101,31 @@ def turning_point(points: Sequence[Point], threshold: float) -> float | None:
 def study(job: MetaJob, choices: Choices) -> dict[str, Any]:
     """Curves of a run's checkpoints on the network that judges them, also as `curves/curve.json`.
 
-    Checkpoint 0 is no metanetwork. The threshold is the accuracy of that network less `drop`.
+    Checkpoint 0 is no metanetwork. Speed-ups count from before an initial pruning. The threshold is the accuracy of
+    that network less `drop`, with batch norms recalibrated like those of every point.
 
     Raises:
-        GmnError: if a checkpoint is not there.
+        GmnError: if the run has no checkpoints, or one is not there.
     """
     known = [0, *job.checkpoints()]
+    if len(known) == 1:
+        hint = "give the run of gmn meta-train that learnt the metanetwork"
+        raise GmnError("the run has no checkpoints", where=str(job.run.folder), hint=hint)
     for epoch in choices.checkpoints:
         if epoch not in known:
             got, expected = str(epoch), f"one of {', '.join(map(str, known))}"
             raise GmnError("no such checkpoint", expected=expected, got=got, where=str(job.run.folder))
     index, judge = next(iter(job.judges.items()))
-    threshold = evaluate(judge, job.data.val, limit=choices.images).accuracy - choices.drop
+    job.recalibrate(usual := clone(judge))
+    threshold = evaluate(usual, job.data.val, limit=choices.images).accuracy - choices.drop
+    before = job.cost(job.built(index))
     found: dict[int, list[Point]] = {}
     axis = job.recipe.prune.measure
     with track(f"accuracy against {axis}", len(choices.checkpoints) * (choices.points + 1)) as advance:
         for epoch in choices.checkpoints:
             model = job.rewritten(index, epoch, job.brief(choices.finetune_images))
             size = {"points": choices.points, "images": choices.images}
-            found[epoch] = curve_of(job, model, job.cost(judge), advance, **size)
+            found[epoch] = curve_of(job, model, before, advance, **size)
     turns = {epoch: turning_point(points, threshold) for epoch, points in found.items()}
     content = {
         "axis": axis,

@@ -69,9 +69,8 @@ def _usual(job: MetaJob) -> list[int]:
 def _show(content: dict[str, Any]) -> None:
     weights = content["axis"] != "speed-up"
     place = lambda value: f"{value:.1%}" if weights else f"{value:.2f}x"  # noqa: E731
-    title = (
-        f"{content['axis']} where accuracy falls under {100 * content['threshold']:.1f} % (validation, not fine-tuned)"
-    )
+    tuned = f"{images:,} images of fine-tuning" if (images := content["finetune_images"]) else "not fine-tuned"
+    title = f"{content['axis']} where accuracy falls under {100 * content['threshold']:.1f} % (validation, {tuned})"
     table = Table(title=title)
     for name in ("checkpoint", "turning point", "most", "accuracy there %"):
         table.add_column(name, justify="right")

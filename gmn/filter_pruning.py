@@ -23,7 +23,7 @@ from gmn.criteria import Importance
 from gmn.data import Augment, Split
 from gmn.gradients import loss_gradients
 from gmn.graph import GraphSpec
-from gmn.groups import Couplings, KeepMask
+from gmn.groups import Couplings, KeepMask, inside
 from gmn.guard import Pieces
 from gmn.ranking import refuse_whole
 from gmn.settings import Criterion, Fit
@@ -70,6 +70,7 @@ def filter_prune(
     """
     spec = to_graph(model, example_inputs).spec
     coupled = settled(model, spec, example_inputs)
+    coupled = inside(spec, coupled) if config.only_inside else coupled
     refuse_whole(coupled)
     floor = coupled.left_after(ratio)
     nodes = torch.arange(spec.num_nodes)  # of the original network, those that are left

@@ -18,8 +18,8 @@ from gmn.costs import Cost, cost
 from gmn.errors import PruningError, one_line
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings
-from gmn.limits import floors, kept_whole
-from gmn.settings import Prune
+from gmn.limits import described, floors, kept_whole
+from gmn.settings import Prune, Ranking
 from gmn.surgery import settled
 
 Pruner = Any  # torch_pruning.pruner.BasePruner
@@ -67,8 +67,11 @@ def library_pruner(
     return pruner
 
 
-def prune_with(pruner: Pruner, example_inputs: Any, speed_up: float, before: Cost) -> nn.Module:
+def prune_with(pruner: Pruner, example_inputs: Any, speed_up: float, before: Cost, config: Ranking) -> nn.Module:
     """Step until the network is so many times cheaper than before; the pruner's model, changed in place.
+
+    Args:
+        config: The limits that `library_pruner` was given, for the error.
 
     Raises:
         PruningError: if the target is out of reach, or what is left does not run.
@@ -81,7 +84,9 @@ def prune_with(pruner: Pruner, example_inputs: Any, speed_up: float, before: Cos
             reached = before.flops / cost(pruner.model, example_inputs).flops
         if reached >= speed_up:
             return pruner.model
-    raise PruningError("torch-pruning cannot reach the speed-up", expected=f"{speed_up:g}x", got=f"{reached:.2f}x")
+    got = f"at most {reached:.2f}x with {described(config)}"
+    hint = f"raise prune.max_ratio{' or prune.limits' if config.limits else ''}, lower prune.speed_up, or {LEAVE_OUT}"
+    raise PruningError("torch-pruning cannot reach the speed-up", expected=f"{speed_up:g}x", got=got, hint=hint)
 
 
 @contextmanager

@@ -75,7 +75,8 @@ class Runs:
     def cell(self, row: str, column: str) -> Path:
         """The run folder of a network pruned with another entry's metanetwork; both entries must be done."""
         recipe, home, folder = self.recipe.entries[row], self.folder / "entries", self.folder / "cells" / row / column
-        recipe = recipe.model_copy(update={"report": recipe.report.model_copy(update={"baselines": []})})
+        alone = recipe.report.model_copy(update={"baselines": [], "metanetworks": {}})  # the entry has those rows
+        recipe = recipe.model_copy(update={"report": alone})
         with Run(folder, dump_recipe(recipe), resume=True) as run:
             run.start()
             run.adopt(home / column / METANETWORK_FILE)

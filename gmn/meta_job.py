@@ -99,7 +99,7 @@ class MetaJob(PruneJob):
         targets, initial = self.recipe.targets, self.recipe.data_models.initial_speed_up
         most = targets[-1]
         if most is not None and any(row.startswith("torch-pruning") for row in self.recipe.report.baselines):
-            prune_with(self.library_pruner(clone(model)), self.example, most, before)
+            prune_with(self.library_pruner(clone(model)), self.example, most, before, self.recipe.prune)
         if initial != "auto" and initial > 1:  # what auto may find lies on the way to the target
             model = self._cut(model, initial)[0].model
         for target in targets:
@@ -114,7 +114,7 @@ class MetaJob(PruneJob):
 
     def unpruned(self, index: int) -> nn.Module:
         """Network `index` before any pruning; kept where fine-tuning in the choice of a checkpoint distils from it."""
-        tuning = self.recipe.finetune.after_meta
+        tuning = self.recipe.finetune.after_meta or self.recipe.finetune.after_prune  # see `brief`
         if tuning and tuning.distill:
             return self.keep(f"data-models/{index}-unpruned", lambda: self.trained(index))
         return self.trained(index)
@@ -278,6 +278,7 @@ class MetaJob(PruneJob):
             raise RecipeError("the recipe has no fine-tuning to be brief with", where=self.recipe.name, hint=hint)
         steps = max(1, images // min(usual.batch_size, len(self.data.train)))
         change = {"epochs": 1, "iterations": steps, "milestones": [], "images_per_epoch": None}
+        change["warmup"] = usual.warmup / usual.epochs  # the same share of the steps
         return usual.model_copy(update=change)
 
     def pruned_to_target(self, model: nn.Module) -> nn.Module:
@@ -295,5 +296,6 @@ class MetaJob(PruneJob):
             return to_model(graph)
         with torch.no_grad():
             model = to_model(metanetwork(graph))
-        recalibrate(model, self.data.train, self.recipe.finetune.recalibrate_after_meta, seed=self.recipe.seed)
+        images = self.recipe.finetune.recalibrate_after_meta
+        recalibrate(model, self.data.train, images, seed=self.recipe.seed, augment=self.augment)
         return model

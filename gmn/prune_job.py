@@ -30,7 +30,7 @@ from gmn.reconstruct import mend
 from gmn.run import Run
 from gmn.settings import Criterion, Recipe
 from gmn.trace import clone
-from gmn.training import evaluate
+from gmn.training import evaluate, recalibrate
 from gmn.vote import prior
 from gmn.weight_masks import WeightMask, parameters_left
 from gmn.weight_ranking import Prunable, prune_by_pattern, weight_ladder
@@ -181,5 +181,11 @@ class PruneJob(Job):
         `chance`: by a random ranking of that seed.
         """
         (pruned, spec), own = self._cut(model, speed_up, before, chance), self.recipe.prune
-        mend(model, pruned, spec, self.data.train, own.reconstruct, own.recalibrate, seed=self.recipe.seed)
+        options: dict[str, Any] = {"seed": self.recipe.seed, "augment": self.augment}
+        mend(model, pruned, spec, self.data.train, own.reconstruct, own.recalibrate, **options)
         return pruned
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Batch norms of a network that was cut in another way; on the images of `reconstruct` if that is asked for."""
+        images = self.recipe.prune.recalibrate or self.recipe.prune.reconstruct
+        recalibrate(model, self.data.train, images, seed=self.recipe.seed, augment=self.augment)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmn.data import Split
+from gmn.data import Augment, Split
 from gmn.distributed import team
 from gmn.graph import GraphSpec
 from gmn.groups import KeepMask
@@ -42,7 +42,15 @@ Rows = tuple[Tensor, Tensor]
 
 
 def reconstruct(
-    model: nn.Module, smaller: nn.Module, spec: GraphSpec, mask: KeepMask, split: Split, images: int, *, seed: int = 0
+    model: nn.Module,
+    smaller: nn.Module,
+    spec: GraphSpec,
+    mask: KeepMask,
+    split: Split,
+    images: int,
+    *,
+    seed: int = 0,
+    augment: Augment | None = None,
 ) -> None:
     """Fit the layers of a pruned network to what they did in the unpruned one, in place.
 
@@ -55,9 +63,10 @@ def reconstruct(
         spec, mask: Its graph's structure, and the nodes that stayed.
         split: Training images.
         images: How many of them; for every layer both networks run on them, up to that layer.
+        augment: Random changes of the images, the same for all layers.
     """
     kept = entries(spec, {name: value.shape for name, value in model.named_parameters()}, mask.keep)
-    batches = lambda: split.batches(BATCH, generator=generator(seed, 0), limit=images)  # noqa: E731
+    batches = lambda: split.batches(BATCH, generator=generator(seed, 0), augment=augment, limit=images)  # noqa: E731
     places = max(1, ROWS // min(images, len(split)))
     with evaluation(model), evaluation(smaller), torch.no_grad():
         names = [name for name in _in_order(smaller, next(batches())[0][:1]) if f"{name}.weight" in kept]
@@ -69,14 +78,22 @@ def reconstruct(
 
 
 def mend(
-    model: nn.Module, pruned: Pruned, spec: GraphSpec, split: Split, reconstructed: int, recalibrated: int, *, seed: int
+    model: nn.Module,
+    pruned: Pruned,
+    spec: GraphSpec,
+    split: Split,
+    reconstructed: int,
+    recalibrated: int,
+    *,
+    seed: int,
+    augment: Augment | None,
 ) -> None:
     """What follows surgery, in place: `reconstruct` on so many images, or else `recalibrate` on so many."""
     if reconstructed:
-        reconstruct(model, pruned.model, spec, pruned.mask, split, reconstructed, seed=seed)
+        reconstruct(model, pruned.model, spec, pruned.mask, split, reconstructed, seed=seed, augment=augment)
         team().agree(pruned.model.state_dict().values())
     else:
-        recalibrate(pruned.model, split, recalibrated, seed=seed)
+        recalibrate(pruned.model, split, recalibrated, seed=seed, augment=augment)
 
 
 def _in_order(model: nn.Module, example: Tensor) -> list[str]:

@@ -183,7 +183,12 @@ class Norm(Elementwise):
         self.p = p
 
     def energy(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        return weight * weight if self.p == 2 else weight.abs() ** self.p
+        if self.p == 2:
+            return weight * weight
+        if self.p >= 1:
+            return weight.abs() ** self.p
+        there = weight != 0  # at 0 the derivative is infinite, and times 0 not a number: here it is 0
+        return torch.where(there, torch.where(there, weight, 1.0).abs() ** self.p, 0.0)
 
 
 @register_criterion("bn-scale")

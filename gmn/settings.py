@@ -200,6 +200,14 @@ class Criterion(Section):
     images: int = Field(default=1000, ge=1, description="taylor: training images that gradients are taken on")
     seed: int | None = Field(default=None, ge=0, description="random: seed of the draw; null: the run's")
 
+    @model_validator(mode="after")
+    def _what_scores_read(self) -> Criterion:
+        for key, readers in (("p", ["norm"]), ("images", ["taylor"])):
+            own = self.score in ("norm", "bn-scale", "taylor", "fpgm", "random")
+            if own and self.score not in readers and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no meaning with score {self.score}: leave it out")
+        return self
+
     def seeded(self, seed: int) -> Criterion:
         """The criterion with a seed: its own, or the run's."""
         return self if self.seed is not None else self.model_copy(update={"seed": seed})
@@ -271,7 +279,9 @@ class Finetune(Section):
 class Report(Section):
     """What the result is compared with, and how often."""
 
-    baselines: list[Baseline] = Field(default=["direct", "same-schedule"], description="rows without metanetwork")
+    baselines: Annotated[list[Baseline], AfterValidator(distinct)] = Field(
+        default=["direct", "same-schedule"], description="rows without metanetwork"
+    )
     speed_ups: Annotated[list[Annotated[float, Field(gt=1)]], AfterValidator(distinct)] = Field(
         default_factory=list, description="what the rows are pruned to beside prune.speed_up"
     )

@@ -77,6 +77,8 @@ class Fit(Section):
     @model_validator(mode="after")
     def _milestones_in_reach(self) -> Fit:
         check_milestones(self.milestones, self.epochs)
+        if self.milestones and self.schedule == "cosine":
+            raise ValueError("schedule cosine has no milestones: leave them out ([]), or take multistep")
         if self.warmup >= self.epochs:
             whole = "1, all iterations," if self.iterations else f"epochs ({self.epochs})"
             raise ValueError(f"warmup must be below {whole}; got {self.warmup:g}")
@@ -102,4 +104,5 @@ def check_milestones(milestones: list[int], epochs: int) -> None:
     """
     increasing = all(a < b for a, b in itertools.pairwise(milestones))
     if not increasing or any(milestone >= epochs for milestone in milestones):
-        raise ValueError(f"milestones must increase and lie below epochs ({epochs}); got {milestones}")
+        hint = "set both, such as milestones: []"
+        raise ValueError(f"milestones must increase and lie below epochs ({epochs}); got {milestones}; {hint}")

@@ -98,7 +98,10 @@ class MatrixRecipe(Section):
 
     @model_validator(mode="after")
     def _something_to_compare(self) -> MatrixRecipe:
-        for label in self.networks if not self.metanetworks else ():
-            if not self.entries[label].report.baselines:
-                raise ValueError(f"columns: [] leaves nothing to compare in the row {label}: give report.baselines")
+        for label in self.networks:
+            report = self.entries[label].report
+            if label not in self.metanetworks and not report.baselines and not report.metanetworks:
+                raise ValueError(f"nothing to compare in the row {label}, which is no column: give report.baselines")
+            if report.speed_ups:
+                raise ValueError(f"a matrix has one speed-up: leave report.speed_ups out of {label}")
         return self

@@ -12,16 +12,16 @@ Baseline = Literal["direct", "same-schedule", "sparse", "torch-pruning", "torch-
 TITLES = ("base", "without", "same schedule", "sparse training", "torch-pruning, sparse")
 
 
-def distinct(speed_ups: Sequence[float]) -> Sequence[float]:
-    """The speed-ups, if no two of them are written alike; ValueError otherwise.
+def distinct(values: Sequence[T]) -> Sequence[T]:
+    """Speed-ups or rows, if no two of them are written alike; ValueError otherwise.
 
     >>> distinct([2.0, 3.0])
     [2.0, 3.0]
     """
-    texts = [f"{value:g}x" for value in speed_ups]
+    texts = [value if isinstance(value, str) else f"{value:g}x" for value in values]
     if twice := next((text for text in texts if texts.count(text) > 1), None):
         raise ValueError(f"{twice} comes twice")
-    return speed_ups
+    return values
 
 
 def labelled(rows: Mapping[str, T]) -> Mapping[str, T]:

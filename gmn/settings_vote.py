@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gmn.settings import CodeName, Common, Fit, PathLike, Positive, Section
+from gmn.settings_report import distinct
 
 
 class FilterPruning(Section):
@@ -16,12 +17,21 @@ class FilterPruning(Section):
     iterations: int = Field(default=1000, ge=1, description="J: steps of SGD between which units are dropped")
     interval: int = Field(default=50, ge=1, description="h: steps between two rounds of dropping")
     final_iterations: int = Field(default=20, ge=0, description="steps after the last round")
+    only_inside: bool = Field(
+        default=False, description="channels of residual streams stay, as AHNP has it; false: they go like all others"
+    )
     score: Literal["activation", "taylor"] = Field(default="activation", description="what makes a unit matter")
     score_images: int = Field(default=1000, ge=1, description="training images that the scores are computed from")
     lr: float = Field(default=0.005, gt=0, description="learning rate")
     decay: bool = Field(default=False, description="after the last round, lr falls by half a cosine")
     batch_size: int = Field(default=128, ge=1, description="images per step")
     bf16: bool = Field(default=False, description="forward pass in bfloat16")
+
+    @model_validator(mode="after")
+    def _one_round_at_least(self) -> FilterPruning:
+        if self.interval > self.iterations:
+            raise ValueError(f"interval ({self.interval}) is more than iterations ({self.iterations}): nothing goes")
+        return self
 
     @property
     def total(self) -> int:
@@ -44,6 +54,7 @@ class FilterPruning(Section):
 class HeadPruning(Section):
     """Automatic head and node pruning (AHNP) on a task; the numbers of the MVP paper where it has them."""
 
+    only_inside: ClassVar[bool] = True  # no channel of the residual stream ever goes
     iterations: int = Field(default=1000, ge=1, description="J: steps with scores, until all layers are at their ratio")
     final_iterations: int = Field(
         default=100, ge=0, description="K: last steps, without scores; what is left of J is added"
@@ -154,7 +165,7 @@ Row = Literal["nearest", "short", "long", "random", "reptile"]
 class VoteReport(Section):
     """What the vote is compared with, and how often."""
 
-    baselines: list[Row] = Field(
+    baselines: Annotated[list[Row], AfterValidator(distinct)] = Field(
         default=["nearest", "short", "long", "random", "reptile"], description="rows beside the vote"
     )
     long: int = Field(default=10, ge=1, description="the long baseline has so many times the vote's steps")

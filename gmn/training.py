@@ -61,12 +61,17 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
     return Evaluation(right / count, loss / count)
 
 
-def recalibrate(model: nn.Module, split: Split, images: int, *, seed: int = 0) -> None:
-    """Compute the running statistics of all batch norms anew from some training images, in place; 0: do nothing."""
+def recalibrate(model: nn.Module, split: Split, images: int, *, seed: int = 0, augment: Augment | None = None) -> None:
+    """Compute the running statistics of all batch norms anew from some training images, in place; 0: do nothing.
+
+    Args:
+        augment: Random changes of the images, those of the training: a network that was trained with crops and mirror
+            images loses points of accuracy by the statistics of whole ones.
+    """
     if not images:
         return
     size = min(250, images, len(split))  # whole batches only: one image has no variance
-    batches = split.batches(size, generator=generator(seed, 0), limit=images, drop_last=True)
+    batches = split.batches(size, generator=generator(seed, 0), augment=augment, limit=images, drop_last=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout before a norm
         update_bn((batch for batch, _ in batches), model)

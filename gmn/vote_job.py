@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from gmn.api import NETWORK, load_meta, load_network
-from gmn.backbone import Backbone
+from gmn.backbone import Backbone, cut_inside
 from gmn.checkpoint import is_saved, load_model
 from gmn.costs import cost
 from gmn.data import Data
@@ -78,13 +78,13 @@ class VoteJob(Job):
         return load_network(self.folder).to(self.device)
 
     def _backbone(self, model: nn.Module) -> Backbone:
-        heads = self.recipe.zoo.pruner == "heads"
+        only_inside = self.recipe.zoo.pruning.only_inside
         if self.foreign:
             about = Zoo.open(self.folder).about
-            heads = about.get("pruner") == "heads"
+            only_inside = cut_inside(about)
             if about.get("ratio") != self.recipe.ratio:
                 say(f"the zoo was pruned by {to_text(about.get('ratio'))}, the recipe wants {self.recipe.ratio:g}")
-        return Backbone.of(model, self.example, only_inside=heads)
+        return Backbone.of(model, self.example, only_inside=only_inside)
 
     def trained(self) -> nn.Module:
         """The network after its pre-training, if the recipe has one."""
@@ -137,7 +137,10 @@ class VoteJob(Job):
         about = self.backbone.about()
         if self.foreign:
             return Zoo.open(self.folder, about)
-        more = {"network": self.source, "ratio": self.recipe.ratio, "pruner": self.recipe.zoo.pruner}
+        settings = self.recipe.zoo
+        more: dict[str, Any] = {"network": self.source, "ratio": self.recipe.ratio, "pruner": settings.pruner}
+        if settings.filters.only_inside and settings.pruner == "filters":
+            more["only_inside"] = True
         return Zoo.create(self.folder, {**about, **more, "data": self.recipe.data.name})
 
     def build(self) -> None:

@@ -54,6 +54,18 @@ def test_every_layer_ends_at_its_ratio(score: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_streams_may_stay_whole() -> None:
+    model = small(Residual(16), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 16, 1), width=16)
+    shrunk = filter_prune(model, task(), FilterPruning(only_inside=True, **QUICK), example(), ratio=0.75)
+    widths = {n: m.out_channels for n, m in shrunk.model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert widths == {"0": 16, "1.conv1": 4, "1.conv2": 16, "2": 6, "4": 4}
+
+
+def test_an_interval_without_a_round() -> None:
+    with pytest.raises(ValueError, match=r"interval \(50\) is more than iterations \(10\)"):
+        FilterPruning(iterations=10)
+
+
 def dead(units: tuple[int, ...], *, by: str) -> nn.Module:
     """A network some of whose 8 units never fire, or are never listened to."""
     model = small(nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gmn.data import Split
+from gmn.data import Augment, Split
 from gmn.errors import TrainingError
 from gmn.settings import Fit
-from gmn.training import evaluate, fit, make_optimizer, make_schedule, recalibrate
+from gmn.training import evaluate, fit, generator, make_optimizer, make_schedule, recalibrate
 
 
 def dark_and_bright(count: int = 64) -> Split:
@@ -99,6 +99,15 @@ def test_recalibration_computes_the_statistics_anew() -> None:
     features = network[0](next(split.batches(len(split)))[0])  # type: ignore[index]
     assert torch.allclose(network[1].running_mean, features.mean((0, 2, 3)), atol=1e-5)  # type: ignore[index, union-attr]
     assert not network.training
+
+
+def test_recalibration_sees_what_training_sees() -> None:
+    split, network = dark_and_bright(), small_network().eval()
+    recalibrate(network, split, len(split), seed=3, augment=Augment(crop=2))
+    images = next(split.batches(len(split), generator=generator(3, 0), augment=Augment(crop=2)))[0]
+    assert torch.allclose(network[1].running_mean, network[0](images).mean((0, 2, 3)), atol=1e-5)  # type: ignore[index, union-attr, operator]
+    whole = network[0](next(split.batches(len(split)))[0]).mean((0, 2, 3))  # type: ignore[index, operator]
+    assert not torch.allclose(network[1].running_mean, whole, atol=1e-3)  # type: ignore[index, union-attr]
 
 
 def test_evaluation_restores_the_mode() -> None:

@@ -32,9 +32,10 @@ from gmn import pipeline, trials, vote_compare, zoo_build, zoo_claims
 from gmn.api import Voters
 from gmn.checkpoint import load_json
 from gmn.recipe import load_recipe
-from gmn.run import load_report
+from gmn.run import Run, load_report
 from gmn.settings_vote import VoteRecipe
 from gmn.tasks import task_data
+from gmn.vote_job import VoteJob
 from gmn.zoo import Zoo
 from gmn.zoo_task import WEIGHTS
 
@@ -320,6 +321,21 @@ def test_a_task_that_failed_votes_in_the_resumed_run(
     assert {trial.row for trial in again} == {"vote"}
     same_zoo(folder, vote_run[0])
     same_results(report, vote_run[1])
+
+
+def test_a_zoo_knows_that_its_streams_stay(tiny_vote_recipe: VoteRecipe, run: Path, tmp_path: Path) -> None:
+    """`gmn prune` and `gmn.load` read it from the zoo, whatever the recipe says."""
+    few = ["report.baselines=[]", "report.seeds=1", "zoo.tasks=3", "zoo.targets=1"]
+    pipeline.meta_train(recipe_of([*VOTE_TINY, *few, "zoo.filters.only_inside=true"]), tmp_path / "inside")
+    found = gmn.load(tmp_path / "inside")
+    assert isinstance(found, Voters)
+    reasons = set(found.backbone.coupled.frozen.values())
+    assert "residual stream" in reasons
+    whole = gmn.load(run)
+    assert isinstance(whole, Voters)
+    assert "residual stream" not in set(whole.backbone.coupled.frozen.values())
+    job = VoteJob(recipe_of([*VOTE_TINY, *few]), Run(tmp_path / "prune", "recipe"), zoo=tmp_path / "inside" / "zoo")
+    assert job.backbone.coupled.frozen == found.backbone.coupled.frozen
 
 
 def test_a_zoo_knows_the_weights_of_its_network(run: Path, vote_run: Finished, tiny_vote_recipe: VoteRecipe) -> None:
