@@ -190,8 +190,7 @@ def prune(
     Args:
         model: Any network that `gmn.to_graph` takes.
         example_inputs: What the network is run on to follow its channels and to count its FLOPs.
-        meta: From `gmn.load`; None prunes directly. Of a zoo the tasks nearest to `data` vote on what stays of its
-            network, which must be the model given here.
+        meta: From `gmn.load`; None prunes directly. Of a zoo of this very model the tasks nearest to `data` vote.
         speed_up: Of channels, FLOPs before / FLOPs after; default 2. A zoo has its own ratio.
         pattern: "channels", or single weights, which become zero and stay so: "unstructured", or "N:M" such as "2:4".
         sparsity: Of "unstructured", the share of the weights that goes; default 0.8.

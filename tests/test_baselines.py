@@ -21,16 +21,17 @@ from conftest import TINY
 from torch import nn
 
 import gmn
-from gmn import baselines, curve_cli, pipeline
+from gmn import baselines, curve_cli, pipeline, prune_job
 from gmn.baselines import Trial
-from gmn.budget import merged
+from gmn.budget import budget, images, merged
 from gmn.errors import PruningError, RecipeError
 from gmn.library_pruner import library_pruner, prune_with
 from gmn.meta_job import MetaJob
 from gmn.recipe import dump_recipe, load_recipe
 from gmn.report import table
 from gmn.run import Run
-from gmn.settings import Prune, Recipe
+from gmn.settings import Fit, Prune, Recipe
+from gmn.training import make_schedule
 
 ROWS = ("sparse", "torch-pruning", "torch-pruning-sparse")
 OPTIONS = [
@@ -185,6 +186,43 @@ def test_rows_that_prune_at_once_have_the_whole_budget(
     assert 1.8 <= own.before.flops / gmn.cost(pruned, own.job.example).flops < 2.1
 
 
+@pytest.mark.parametrize(
+    "first", [{"images_per_epoch": 20}, {"iterations": 10, "batch_size": 50}, {"batch_size": 64}, {"epochs": 3}]
+)
+def test_budgets_are_equal_to_a_batch_an_epoch(first: dict[str, Any]) -> None:
+    own = recipe("data_models.initial_fit=null")
+    tune = {
+        "after_meta": Fit(**{"epochs": 1, "lr": 0.01, **first}),
+        "after_prune": Fit(epochs=2, lr=0.01, batch_size=32),
+    }
+    own = own.model_copy(update={"finetune": own.finetune.model_copy(update=tune)})
+    whole, total = merged(own, 1078), budget(own, 1078)
+    assert whole is not None
+    assert total <= images(whole, 1078) < total + 32 * whole.epochs
+
+
+def test_brief_trainings_warm_up_as_briefly(tmp_path: Path) -> None:
+    own = trial(tmp_path, "metanetwork", "finetune.after_meta={epochs: 10, lr: 0.1, warmup: 5}")
+    short = own.job.brief(3200)
+    assert short is not None
+    assert (short.iterations, short.warmup) == (25, 0.5)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=short.lr)
+    schedule, rates = make_schedule(optimizer, short, 25), []
+    for _ in range(25):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[12:] == [0.1] * 13
+
+
+def test_what_is_recalibrated_in_place_of_a_reconstruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves and rows of torch-pruning, which are not fitted, are not left with the statistics of the whole network."""
+    own, seen = trial(tmp_path, "direct", "prune.recalibrate=0", "prune.reconstruct=70"), []
+    monkeypatch.setattr(prune_job, "recalibrate", lambda *args, **options: seen.append((args[2], options["augment"])))
+    own.job.recalibrate(own.base)
+    assert seen == [(70, own.job.augment)]
+
+
 def test_torch_pruning_keeps_what_must_stay() -> None:
     """Option A shortcuts pad by fixed numbers: only channels inside the blocks may go."""
     torch.manual_seed(0)
@@ -194,7 +232,7 @@ def test_torch_pruning_keeps_what_must_stay() -> None:
     )
     before, config = gmn.cost(model, example), Prune(speed_up=1.5, steps=50)
     pruner = library_pruner(model, gmn.to_graph(model, example).spec, example, config)
-    smaller = prune_with(pruner, example, 1.5, before)
+    smaller = prune_with(pruner, example, 1.5, before, config)
     shapes = {name: tuple(p.shape[:2]) for name, p in smaller.named_parameters() if p.dim() > 1}
     assert shapes["conv1.weight"] == (8, 3)
     assert shapes["linear.weight"] == (10, 32)
@@ -212,7 +250,7 @@ def test_torch_pruning_keeps_what_the_recipe_says(sparse: bool) -> None:
 
     def left(target: float, **ranking: Any) -> list[int]:
         model, config = copy.deepcopy(whole), Prune(speed_up=target, steps=50, **ranking)
-        prune_with(library_pruner(model, spec, example, config, sparse=sparse), example, target, before)
+        prune_with(library_pruner(model, spec, example, config, sparse=sparse), example, target, before, config)
         assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
         return [model.get_parameter(f"layer{stage}.0.conv1.weight").shape[0] for stage in (1, 2, 3)]
 
@@ -242,8 +280,8 @@ def test_what_torch_pruning_cannot_do_is_one_line() -> None:
         library_pruner(vit, gmn.to_graph(vit, example).spec, example, config)
     model = gmn.build_network("cifar.resnet8", num_classes=10, options={"shortcut": "A", "width": 8})
     pruner = library_pruner(model, gmn.to_graph(model, example).spec, example, config)
-    with pytest.raises(PruningError, match=r"cannot reach the speed-up: expected 500x"):
-        prune_with(pruner, example, 500.0, gmn.cost(model, example))
+    with pytest.raises(PruningError, match=r"expected 500x; got at most .*prune.max_ratio 0.9; raise prune.max_ratio"):
+        prune_with(pruner, example, 500.0, gmn.cost(model, example), config)
 
 
 def test_the_unpruned_network_teaches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -263,6 +301,12 @@ def test_the_unpruned_network_teaches(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert teachers[0] == ("training network 1", None)
     assert len(teachers) == 5
     assert all(said == own.before for _, said in teachers[1:])
+
+
+def test_brief_trainings_find_the_teacher_of_the_last_one(tmp_path: Path) -> None:
+    own = trial(tmp_path, "metanetwork", "finetune.after_meta=null", "report.baselines=[]")
+    own.job.unpruned(0)
+    assert (tmp_path / "data-models" / "0-unpruned" / "model.json").is_file()
 
 
 def test_statistics_are_recalibrated_after_the_metanetwork(tmp_path: Path) -> None:
@@ -293,6 +337,11 @@ def test_prune_in_python_distils_from_the_model() -> None:
         (["finetune.after_prune.batch_size=33", "finetune.after_prune.mixup=0.2"], "batch_size must be even; got 33"),
         (["finetune.after_prune.warmup=5"], r"warmup must be below epochs \(5\); got 5"),
         (["report.baselines=[sparsely]"], "report.baselines"),
+        (["report.baselines=[direct,random,direct]"], "direct comes twice"),
+        (["finetune.after_prune.schedule=cosine"], "schedule cosine has no milestones"),
+        (["meta_train.epochs=3"], r"got \[12\]; set both"),
+        (["criterion.score=fpgm", "criterion.p=1"], "p has no meaning with score fpgm"),
+        (["criterion.images=50"], "images has no meaning with score norm"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(overrides: list[str], said: str) -> None:

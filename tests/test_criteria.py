@@ -171,6 +171,15 @@ def test_the_loss_by_hand(criterion: dict[str, Any], loss: float) -> None:
     assert importance.sparsity_loss(state).item() == pytest.approx(loss)
 
 
+def test_small_powers_have_a_gradient_at_zero() -> None:
+    importance, state = importance_of(by_hand(), p=0.5, normalize="none")
+    importance.sparsity_loss(state).backward()
+    gradients = torch.cat([p.grad.flatten() for p in state.values() if p.grad is not None])
+    assert bool((torch.cat([p.detach().flatten() for p in state.values()]) == 0).any())
+    assert bool(gradients.isfinite().all())
+    assert bool((gradients != 0).any())
+
+
 def test_gamma_between_the_ends() -> None:
     model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.Linear(3, 1, bias=False))
     with torch.no_grad():

@@ -65,13 +65,25 @@ def test_curves_of_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) ->
     for entry in content["curves"]:
         speeds = [speed for speed, _ in entry["points"]]
         assert len(speeds) == 4
-        assert speeds[0] == 1.0
+        assert speeds[0] > 1.2  # they count from before the initial pruning
         assert speeds == sorted(speeds)
         assert entry["turning_point"] == turning_point([(s, a) for s, a in entry["points"]], content["threshold"])
     assert (run / "curves" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "turning point" in capsys.readouterr().out
     with pytest.raises(GmnError, match=r"no such checkpoint.*0, 1, 2, 3.*got 7"):
         draw_curves(run, checkpoints="7", points=3, images=50, drop=0.5, finetune_images=0)
+
+
+def test_a_curve_says_that_its_networks_are_fine_tuned(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_curves(run, checkpoints="0", points=1, images=50, drop=0.5, finetune_images=64)
+    assert "(validation, 64 images of fine-tuning)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_without_checkpoints_has_no_curve(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(GmnError, match=r"the run has no checkpoints.*gmn meta-train"):
+        draw_curves(copy, checkpoints="0", points=1, images=50, drop=0.5, finetune_images=0)
 
 
 def test_usual_checkpoints_are_none_the_best_and_the_last(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
