@@ -301,11 +301,16 @@ def study(
     name: Annotated[str, typer.Argument(metavar="NAME", help="iou, recall, neighbours, iterations or similarity.")],
     run: Annotated[Path, typer.Argument(help="The run folder of a vote recipe.")],
     similarity: Annotated[
-        str | None, typer.Option("--similarity", help="Default: the recipe's. Study similarity: several.")
+        str | None,
+        typer.Option("--similarity", help="Default: the recipe's. Study `similarity`: also several, with commas."),
     ] = None,
     targets: Annotated[int, typer.Option("--targets", min=1, help="At most so many tasks are averaged over.")] = 12,
-    neighbours: Annotated[str, typer.Option("--neighbours", help="Numbers of neighbours.")] = "1,3,5,10",
-    iterations: Annotated[str | None, typer.Option("--iterations", help="Numbers of steps.")] = None,
+    neighbours: Annotated[
+        str | None, typer.Option("--neighbours", help="Study `neighbours`: how many vote. Default: 1,3,5,10.")
+    ] = None,
+    iterations: Annotated[
+        str | None, typer.Option("--iterations", help="Studies `iterations` and `similarity`: numbers of steps.")
+    ] = None,
     engine: EngineOption = "here",
     address: AddressOption = None,
     cpus: CpusOption = None,

@@ -95,6 +95,23 @@ def filter_prune(
     return Shrunk(current, KeepMask(kept).validate(spec, coupled), stages.flops)
 
 
+class _HeadAlone(nn.Module):
+    """A network whose head is trained: its norms read their running statistics, and keep them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits
+
+    def train(self, mode: bool = True) -> _HeadAlone:
+        super().train(mode)
+        self.model.eval()
+        return self
+
+
 class _Stages:
     """The trainings between the rounds, each with a seed of its own, and the FLOPs of them all."""
 
@@ -117,15 +134,16 @@ class _Stages:
                 bf16=config.bf16,
             )
             fit(model, self.split, steps, seed=self.seed, augment=self.augment, title="filter pruning")
-            self.flops += training_flops(model, self.example, iterations * min(config.batch_size, len(self.split)))
+            flops = training_flops(model, self.example, iterations * min(config.batch_size, len(self.split)))
+            self.flops += flops / 3 if isinstance(model, _HeadAlone) else flops
         self.seed += 1
 
     def train_head(self, model: nn.Module, head: str, iterations: int) -> None:
-        """So many steps on the head alone."""
+        """So many steps on the head alone: a forward pass through the network, all else is next to nothing."""
         wanted = {name: p.requires_grad for name, p in model.named_parameters()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[0] == head)
-        self.train(model, iterations)
+        self.train(_HeadAlone(model), iterations)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name])
 
@@ -169,16 +187,15 @@ def _scores(model: nn.Module, spec: GraphSpec, coupled: Couplings, split: Split,
 def _activation(
     model: nn.Module, spec: GraphSpec, coupled: Couplings, batches: list[tuple[Tensor, Tensor]], pieces: Pieces
 ) -> Tensor:
-    """Mean size of what a unit puts out after its norm, over images and positions; a sum over coupled layers."""
+    """Size of what a unit puts out after its norm: mean over positions, sum over images and coupled layers."""
     totals, own = torch.zeros(spec.num_nodes), torch.zeros(spec.num_nodes)
     with _watched(model, spec, own), evaluation(model), torch.no_grad():
         for batch in batches:
-            whole = len(batch[1])
 
-            def sizes(images: Tensor, _: Tensor, whole: int = whole) -> list[Tensor]:
+            def sizes(images: Tensor, _: Tensor) -> list[Tensor]:
                 own.zero_()
                 model(images)
-                return [own * (len(images) / whole)]
+                return [own * len(images)]
 
             totals += pieces.total(sizes, batch)[0]
     return torch.zeros(coupled.num_channels).index_add_(0, coupled.channel, totals)

@@ -156,6 +156,9 @@ class Vote(Section):
 
     neighbours: int = Field(default=3, ge=1, description="N: tasks that vote")
     tau: float = Field(default=0.025, gt=0, description="temperature; small: the majority decides")
+    ties: Literal["random", "nearest"] = Field(
+        default="random", description="units with as many votes: by chance, as in the paper, or the nearest task's"
+    )
     fit: Fit = Field(description="fine-tuning after the vote; every short baseline has as many steps")
 
 

@@ -119,7 +119,7 @@ def similarity_by_name(name: str, **options: Any) -> Similarity:
         options: For the class; `overrides` for `wordnet`.
 
     Raises:
-        GmnError: No similarity of that name.
+        GmnError: No similarity of that name, or options that it does not take.
 
     >>> similarity_by_name("shared_classes").score(TaskView(("bear", "bee")), TaskView(("bee", "bus")))
     1.0
@@ -128,7 +128,11 @@ def similarity_by_name(name: str, **options: Any) -> Similarity:
     if make is None:
         known = ", ".join(sorted(_SIMILARITIES))
         raise GmnError(f"unknown similarity {name!r}", expected=f"one of {known}", hint=nearest(name, _SIMILARITIES))
-    made = make(**options)
+    try:
+        made = make(**options)
+    except (TypeError, ValueError) as error:
+        got = f"{', '.join(f'{key}={value!r}' for key, value in options.items())}: {error}"
+        raise GmnError(f"the similarity {name!r} does not take these options", got=got) from error
     if not isinstance(made, Similarity):
         raise GmnError(f"{name} makes no Similarity", got=repr(made))
     return made

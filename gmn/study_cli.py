@@ -22,8 +22,8 @@ def study(
     *,
     similarity: str | None,
     targets: int,
-    neighbours: str,
-    iterations: str | None,
+    neighbours: str | None = None,
+    iterations: str | None = None,
     engine: Engine = HERE,
 ) -> None:
     """Make a study of a vote run and write its page.
@@ -31,13 +31,14 @@ def study(
     Args:
         engine: Where trials that nobody has made yet are trained.
         similarity: A name, or several with commas for the study of near and far neighbours; None: the recipe's.
-        neighbours, iterations: Numbers with commas; None for iterations takes fractions of the recipe's steps.
+        neighbours, iterations: Numbers with commas; None: 1,3,5,10 neighbours, parts of the recipe's steps.
 
     Raises:
         GmnError: if a choice is unknown, or the run is not finished or has no zoo.
     """
     refuse_unknown("study", name, STUDIES)
-    counts = numbers("--neighbours", neighbours)
+    _refuse_what_it_ignores(name, neighbours, iterations)
+    counts = numbers("--neighbours", neighbours) or [1, 3, 5, 10]
     load_report(open_run(run))  # a run that is not finished would be finished first
     similarities = [] if similarity is None else words(similarity)
     for own in similarities:
@@ -54,3 +55,13 @@ def study(
     )
     picture = make(job, name, chosen)
     print(f"picture: {picture}\npage: {vote_page.write(run)}")
+
+
+def _refuse_what_it_ignores(name: str, neighbours: str | None, iterations: str | None) -> None:
+    for option, given, readers in (
+        ("--neighbours", neighbours, ["neighbours"]),
+        ("--iterations", iterations, ["iterations", "similarity"]),
+    ):
+        if given is not None and name not in readers:
+            expected = f"the study {' or '.join(readers)}"
+            raise GmnError("an option of another study", expected=expected, got=repr(name), where=option)

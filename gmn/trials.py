@@ -73,6 +73,8 @@ class Begun:
     Attributes:
         model: With a head for the task, before its training.
         keep: The nodes of the full network that it has; None where the training decides.
+        search_flops: What it took to find the neighbours.
+        voters: How many tasks voted; of a group there may be fewer than the trial asks for.
     """
 
     trial: Trial
@@ -82,6 +84,7 @@ class Begun:
     train: Training
     keep: KeepMask | None = None
     search_flops: float = 0.0
+    voters: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def finish(data: Data, device: Device | None, begun: Begun) -> Finished:
         "test_accuracy": evaluate(model, own.test).accuracy,
         "training_flops": spent,
         "search_flops": begun.search_flops,
+        "voters": begun.voters,
         **dataclasses.asdict(after),
     }
     return Finished(model if at is None else model.to(CPU), result)
@@ -142,24 +146,28 @@ def finish(data: Data, device: Device | None, begun: Begun) -> Finished:
 
 
 def _vote(job: VoteJob, trial: Trial, task: Task) -> Begun:
-    found = job.ranking(task, trial.similarity)
-    names = found.nearest(trial.neighbours) if not trial.group else _some(found.group(trial.group), trial)
-    seed, recipe = job.seed(trial.seed), job.recipe
-    options = {"ratio": recipe.ratio, "tau": recipe.vote.tau, "seed": seed}
+    found, seed, own = job.ranking(task, trial.similarity), _seed(job, trial, task), job.recipe.vote
+    names = found.nearest(trial.neighbours) if not trial.group else _some(found.group(trial.group), trial, seed)
+    options: dict[str, Any] = {"ratio": job.recipe.ratio, "tau": own.tau, "ties": own.ties, "seed": seed}
     model, mask = vote_for(job.backbone, job.zoo, names, job.data_of(task), None, **options)
-    return Begun(trial, task, seed, model, _tuning(job, trial), mask, found.flops)
+    return Begun(trial, task, seed, model, _tuning(job, trial), mask, found.flops, len(names))
 
 
-def _some(names: list[str], trial: Trial) -> list[str]:
-    """As many of a group, drawn by the trial's seed; all if there are fewer."""
+def _seed(job: VoteJob, trial: Trial, task: Task) -> int:
+    """Of everything random in a trial: another one for every target, so that a draw is not the same for all."""
+    return job.seed(trial.seed) + 1_000_003 * task.seed
+
+
+def _some(names: list[str], trial: Trial, seed: int) -> list[str]:
+    """As many of a group, drawn by the trial's seed, in their order; all if there are fewer."""
     if not names:
         raise GmnError("no task of the zoo is that similar", got=f"group {trial.group} of {trial.target}")
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(trial.seed))
-    return [names[index] for index in order[: trial.neighbours].tolist()]
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    return [names[index] for index in sorted(order[: trial.neighbours].tolist())]
 
 
 def _random(job: VoteJob, trial: Trial, task: Task) -> Begun:
-    coupled, seed = job.backbone.coupled, job.seed(trial.seed)
+    coupled, seed = job.backbone.coupled, _seed(job, trial, task)
     generator = torch.Generator().manual_seed(seed)
     keep = draw(torch.zeros(coupled.num_channels), coupled, job.recipe.ratio, generator, tau=1.0)
     mask = KeepMask(coupled.nodes(keep))
@@ -168,13 +176,13 @@ def _random(job: VoteJob, trial: Trial, task: Task) -> Begun:
 
 
 def _reptile(job: VoteJob, trial: Trial, task: Task) -> Begun:
-    seed = job.seed(trial.seed)
+    seed = _seed(job, trial, task)
     model = with_layer(job.reptile_network, job.backbone.head, len(task.classes), seed=seed)
     return Begun(trial, task, seed, model, _tuning(job, trial))
 
 
 def _pruned(job: VoteJob, trial: Trial, task: Task) -> Begun:
-    seed, recipe = job.seed(trial.seed), job.recipe
+    seed, recipe = _seed(job, trial, task), job.recipe
     prune = pruner(recipe.zoo.pruning.within(trial.iterations), job.example, recipe.ratio, augment=job.augment)
     return Begun(trial, task, seed, job.backbone.with_head(len(task.classes), seed=seed), partial(_prune, prune))
 

@@ -9,6 +9,7 @@ parameters over the neighbours that keep it. A unit here is a coupled channel: u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +20,20 @@ from gmn.groups import Couplings, KeepMask
 from gmn.masks import entries
 
 TEMPERATURE = 0.025
+Ties = Literal["random", "nearest"]
 
 
-def counts(keeps: Tensor, coupled: Couplings) -> Tensor:
+def counts(keeps: Tensor, coupled: Couplings, ties: Ties = "random") -> Tensor:
     """[channels]: how many neighbours keep each coupled channel.
 
+        c_k = sum over t of keep_tk                 ties: random, as in eq. 1
+        c_k = sum over t of keep_tk (1 + 2^-t)      ties: nearest; t = 1 the nearest
+
+    What is added is below 1 in all: it decides between channels that as many neighbours keep, in favour of the nearest
+    one's, so that these come from one network in all layers. That is ours, not the paper's.
+
     Args:
-        keeps: [T, N] bool, the nodes that each of T neighbours keeps.
+        keeps: [T, N] bool, the nodes that each of T neighbours keeps, the nearest first.
         coupled: The couplings of the network.
 
     Raises:
@@ -34,7 +42,11 @@ def counts(keeps: Tensor, coupled: Couplings) -> Tensor:
     if keeps.dim() != 2 or keeps.shape[1] != len(coupled.channel) or not len(keeps):
         expected = f"bool [neighbours, {len(coupled.channel)}]"
         raise PruningError("the masks do not vote on this network", expected=expected, got=str(tuple(keeps.shape)))
-    return keeps[:, coupled.first_nodes].sum(dim=0)
+    kept = keeps[:, coupled.first_nodes]
+    if ties == "random":
+        return kept.sum(dim=0)
+    ranks = torch.arange(1, len(keeps) + 1, dtype=torch.float64)
+    return (kept * (1 + 2**-ranks)[:, None]).sum(dim=0)
 
 
 def draw(votes: Tensor, coupled: Couplings, ratio: float, generator: torch.Generator, tau: float) -> Tensor:
@@ -61,20 +73,22 @@ def vote(
     ratio: float,
     generator: torch.Generator,
     tau: float = TEMPERATURE,
+    ties: Ties = "random",
 ) -> KeepMask:
     """The units that the neighbours vote for.
 
     Args:
-        keeps: [T, N] bool, the nodes that each neighbour keeps.
+        keeps: [T, N] bool, the nodes that each neighbour keeps, the nearest first.
         coupled: The couplings of the network.
         ratio: Share of each layer's units that goes.
         generator: Of the draw.
         tau: Temperature; small: the majority decides, large: anything goes.
+        ties: Between units with as many votes: by chance, or the nearest neighbour's; see `counts`.
 
     Raises:
         PruningError: if there is no neighbour, the masks are of another network, or a number is out of range.
     """
-    return KeepMask(coupled.nodes(draw(counts(keeps, coupled), coupled, ratio, generator, tau)))
+    return KeepMask(coupled.nodes(draw(counts(keeps, coupled, ties), coupled, ratio, generator, tau)))
 
 
 def prior(keeps: Tensor, coupled: Couplings, weight: float) -> Tensor:
@@ -113,9 +127,13 @@ def average(
 ) -> dict[str, Tensor]:
     """The mean of every number over the neighbours that keep its units, in the full network's shapes.
 
+    A number that belongs to two units, such as a weight, is averaged over the neighbours that keep both; where some
+    keep the one and some the other but none both, it is 0, since it is missing in all of them. A number that belongs to
+    no unit, such as a single slope or a table of positions, is averaged over all.
+
     Args:
         spec: Structure of the full network.
-        origin: The full network's parameters and buffers: what no neighbour keeps stays as it is there.
+        origin: The full network's parameters and buffers: units that no neighbour keeps stay as they are there.
         neighbours: Parameters and buffers of each neighbour's pruned network.
         keeps: [T, N] bool, the nodes that each neighbour keeps.
 
@@ -131,8 +149,16 @@ def average(
             part = torch.zeros_like(origin[name]).masked_scatter_(mask, own[name])
             totals[name] = totals[name] + part if name in totals else part
             times[name] = times[name] + mask if name in times else mask.long()
-    state = {name: tensor.clone() for name, tensor in origin.items()}
-    for name, count in times.items():
-        full = origin[name]
-        state[name] = torch.where(count > 0, totals[name] / count.clamp(min=1), full).to(full.dtype)
+    state = {name: _shared(name, tensor, neighbours) for name, tensor in origin.items() if name not in times}
+    for name, known in entries(spec, shapes, keeps.any(0)).items():  # by some neighbour each of its units is kept
+        full, count = origin[name], times[name]
+        state[name] = torch.where(known, totals[name] / count.clamp(min=1), full).to(full.dtype)
     return state
+
+
+def _shared(name: str, full: Tensor, neighbours: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The mean over all neighbours of a tensor that no unit owns; as in the full network, if it counts or was cut."""
+    own = [state[name] for state in neighbours if name in state and state[name].shape == full.shape]
+    if not full.is_floating_point() or len(own) < len(neighbours):
+        return full.clone()
+    return torch.stack([tensor.to(full) for tensor in own]).mean(0)

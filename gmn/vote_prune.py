@@ -16,7 +16,7 @@ from gmn.surgery import remove
 from gmn.tasks import with_layer
 from gmn.trace import clone
 from gmn.training import fit
-from gmn.vote import TEMPERATURE, average, vote
+from gmn.vote import TEMPERATURE, Ties, average, vote
 from gmn.zoo import Zoo
 
 
@@ -29,23 +29,24 @@ def vote_for(
     *,
     ratio: float,
     tau: float = TEMPERATURE,
+    ties: Ties = "random",
     seed: int = 0,
     augment: Augment | None = None,
 ) -> tuple[nn.Module, KeepMask]:
     """The sub-network that the neighbours vote for, fine-tuned on the target task, and the nodes it keeps.
 
     Args:
-        neighbours: Names of tasks of the zoo.
+        neighbours: Names of tasks of the zoo, the nearest first.
         data: The target task's data.
         config: The fine-tuning; None for none.
         ratio: Share of each layer's units that goes.
-        tau: Temperature of the vote.
+        tau, ties: Temperature of the vote, and what decides between units with as many votes.
         augment: Random changes of the images in training.
 
     Raises:
         GmnError: if a neighbour is missing or damaged.
     """
-    state, mask = elect(backbone, zoo, neighbours, ratio=ratio, tau=tau, seed=seed)
+    state, mask = elect(backbone, zoo, neighbours, ratio=ratio, tau=tau, ties=ties, seed=seed)
     model = cut_out(backbone, state, mask, data.num_classes, seed=seed)
     if config is not None:
         fit(model, data.train, config, seed=seed, augment=augment, title="after the vote")
@@ -53,12 +54,19 @@ def vote_for(
 
 
 def elect(
-    backbone: Backbone, zoo: Zoo, neighbours: Sequence[str], *, ratio: float, tau: float = TEMPERATURE, seed: int = 0
+    backbone: Backbone,
+    zoo: Zoo,
+    neighbours: Sequence[str],
+    *,
+    ratio: float,
+    tau: float = TEMPERATURE,
+    ties: Ties = "random",
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], KeepMask]:
     """The full network's state with the means of the neighbours that keep each number, and the nodes voted for."""
     keeps = zoo.masks(neighbours)
     generator = torch.Generator().manual_seed(seed)
-    mask = vote(keeps, backbone.coupled, ratio=ratio, generator=generator, tau=tau)
+    mask = vote(keeps, backbone.coupled, ratio=ratio, generator=generator, tau=tau, ties=ties)
     origin = {name: tensor.cpu() for name, tensor in backbone.model.state_dict().items()}
     states = [_with_own_head(backbone, zoo.load(n)[2], k, origin) for n, k in zip(neighbours, keeps, strict=True)]
     return average(backbone.spec, origin, states, keeps), mask

@@ -64,7 +64,12 @@ def verify(folder: Path) -> bool:
 
 def add(folder: Path, file: Path) -> None:
     """Add a task's file to a zoo; GmnError if it is damaged, for another network, or there already."""
-    task = Zoo.open(folder).add_file(file)
+    zoo = Zoo.open(folder)
+    task = zoo.add_file(file)
+    if others := [other.name for other in zoo.tasks(limit=2) if other.name != task.name]:
+        own, usual = zoo.masks([task.name, others[0]]).sum(1).tolist()
+        if own != usual:
+            say(f"it keeps {own:,} of {zoo.nodes:,} nodes, {others[0]} {usual:,}: not pruned by the same ratio")
     print(f"added {task.name}: {', '.join(task.class_names)}; {task.bytes:,} bytes")
 
 

@@ -24,6 +24,7 @@ from gmn.data import Split
 from gmn.errors import PruningError
 from gmn.filter_pruning import filter_prune
 from gmn.groups import couplings
+from gmn.guard import Pieces
 from gmn.settings_vote import FilterPruning
 
 QUICK = {"iterations": 6, "interval": 2, "batch_size": 8, "lr": 1e-3, "final_iterations": 0, "score_images": 32}
@@ -138,6 +139,18 @@ def test_the_head_alone_learns_first() -> None:
     moved = {name for name, p in trained.named_parameters() if not torch.equal(p, model.get_parameter(name))}
     assert moved == {"4.weight", "4.bias"}
     assert all(p.requires_grad for p in trained.parameters())
+    moved = {name for name, b in trained.named_buffers() if not torch.equal(b, model.get_buffer(name))}
+    assert moved == set()
+    assert stages.flops == 3 * 8 * cost(model, example()).flops
+
+
+def test_every_image_counts_as_much_in_the_scores() -> None:
+    """33 images in batches of 32: the last one is one of 33."""
+    model, spec = small(Residual(16), width=16), to_graph(small(Residual(16), width=16), example()).spec
+    images, coupled = task(33), couplings(spec)
+    batches = [list(images.batches(size)) for size in (32, 33)]
+    uneven, whole = (gmn.filter_pruning._activation(model, spec, coupled, own, Pieces("scores", 33)) for own in batches)
+    assert torch.allclose(uneven, whole, rtol=1e-4)
 
 
 def test_what_it_costs() -> None:

@@ -195,6 +195,8 @@ def test_the_built_ins_by_name() -> None:
     assert all(similarity_by_name(name).name == name for name in built_in)
     with pytest.raises(GmnError, match=r"unknown similarity 'prototype': expected one of leep, .*'prototypes'"):
         similarity_by_name("prototype")
+    with pytest.raises(GmnError, match=r"'leep' does not take these options: got foo=1: .*no arguments"):
+        similarity_by_name("leep", foo=1)
     with pytest.raises(GmnError, match="makes no Similarity"):
         similarity_by_name("builtins:dict")
 

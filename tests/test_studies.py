@@ -42,7 +42,7 @@ PICTURES = {
 def studied(vote_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished run with all five studies."""
     run = shutil.copytree(vote_run[0], tmp_path_factory.mktemp("studies") / "votes")
-    usual: dict[str, Any] = {"similarity": None, "targets": 12, "neighbours": "1,3,5,10", "iterations": None}
+    usual: dict[str, Any] = {"similarity": None, "targets": 12}
     study_cli.study("iou", run, **{**usual, "similarity": "shared_classes"})
     study_cli.study("recall", run, **{**usual, "similarity": "shared_parents", "targets": 2})
     study_cli.study("neighbours", run, **{**usual, "neighbours": "3,1"})
@@ -153,7 +153,7 @@ def test_iou_is_that_of_the_masks(studied: Path) -> None:
 
 
 def test_recall_is_that_of_the_masks(run: Path) -> None:
-    study_cli.study("recall", run, similarity="shared_parents", targets=1, neighbours="1", iterations=None)
+    study_cli.study("recall", run, similarity="shared_parents", targets=1)
     job, found = pipeline.reopened(run), content(run, "recall")
     target, *others = [task.name for task in job.zoo.tasks()]
     own, voters = kept(job, target), [kept(job, name) for name in others[:10]]  # of equal ones the first
@@ -235,7 +235,7 @@ def test_accuracies_are_means_over_trials(studied: Path, vote_run: Finished) -> 
 
 
 def test_several_similarities_in_one_picture(run: Path) -> None:
-    usual: dict[str, Any] = {"targets": 1, "neighbours": "3", "iterations": "1"}
+    usual: dict[str, Any] = {"targets": 1, "iterations": "1"}
     alone = content(run, "similarity")["series"]["1 steps"]
     study_cli.study("similarity", run, similarity="leep, shared_classes", **usual)
     found = content(run, "similarity")
@@ -254,17 +254,17 @@ def test_what_the_comparison_has_measured_is_not_run_again(
         raise AssertionError("a trial is run again")
 
     monkeypatch.setattr(vote_compare, "begin", fail)
-    usual: dict[str, Any] = {"similarity": "leep", "targets": 2, "neighbours": "3", "iterations": "10"}
+    usual: dict[str, Any] = {"similarity": "leep", "targets": 2}
     rows = {row: [r["test_accuracy"] for r in vote_run[1]["results"] if r["row"] == row] for row in ("vote", "short")}
-    study_cli.study("neighbours", run, **usual)
+    study_cli.study("neighbours", run, neighbours="3", **usual)
     line = content(run, "neighbours")["series"]["vote"]
     assert line == {"x": [3], "mean": [statistics.fmean(rows["vote"])], "std": [statistics.stdev(rows["vote"])]}
-    study_cli.study("iterations", run, **usual)
+    study_cli.study("iterations", run, iterations="10", **usual)
     found = content(run, "iterations")["series"]
     assert found["short pruning"]["mean"] == [statistics.fmean(rows["short"])]
     assert (run / "results.jsonl").read_bytes() == (vote_run[0] / "results.jsonl").read_bytes()
     with pytest.raises(AssertionError, match="run again"):
-        study_cli.study("neighbours", run, **{**usual, "neighbours": "2"})
+        study_cli.study("neighbours", run, neighbours="2", **usual)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -273,6 +273,8 @@ def test_what_the_comparison_has_measured_is_not_run_again(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["iou", "votes", "--neighbours", "3"], ["an option of another study", "the study neighbours", "--neighbours"]),
+        (["recall", "votes", "--iterations", "3"], ["the study iterations or similarity; got 'recall'"]),
         (["neighbors", "votes"], ["no such study", "did you mean 'neighbours'"]),
         (["iou", "votes", "--similarity", "leap"], ["unknown similarity 'leap'"]),
         (["iou", "votes", "--similarity", ""], ["unknown similarity ''"]),

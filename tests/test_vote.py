@@ -83,6 +83,20 @@ def test_the_temperature_decides_how_much_the_majority_counts() -> None:
     assert bool(((share > 0.3) & (share < 0.7)).all())
 
 
+def test_ties_go_to_the_nearest_neighbour_where_that_is_asked_for() -> None:
+    _, spec, coupled = mlp(6)
+    near, far, other = (nodes(spec, "0", *dropped) for dropped in ((0, 1, 2), (2, 3, 4), (3, 4, 5)))
+    keeps = torch.stack([near, far])
+    assert counts(keeps, coupled, "nearest")[coupled.prunable].tolist() == [1.25, 1.25, 0.0, 1.5, 1.5, 2.75]
+    for majority, wanted in ((keeps, near), (torch.stack([near, other, other]), other)):
+        for seed in range(20):
+            generator = torch.Generator().manual_seed(seed)
+            found = vote(majority, coupled, ratio=0.5, generator=generator, ties="nearest")
+            assert torch.equal(found.keep, wanted)
+    chance = [vote(keeps, coupled, ratio=0.5, generator=torch.Generator().manual_seed(s)).keep for s in range(20)]
+    assert len({tuple(keep.tolist()) for keep in chance}) > 1
+
+
 def test_a_seed_decides_and_every_layer_gets_its_number() -> None:
     model = small(Residual(8), nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1), width=8)
     spec = to_graph(model, IMAGES).spec
@@ -128,12 +142,12 @@ def test_means_of_two_neighbours_by_hand() -> None:
 
 
 def test_one_neighbour_is_plain_transfer() -> None:
-    model = small(Residual())
+    model = small(Residual(), nn.PReLU())
     spec = to_graph(model, IMAGES).spec
     keep = nodes(spec, "1.conv1", 2, 5)
     own = neighbour(model, spec, keep, IMAGES, 0.5)
     state = average(spec, dict(model.state_dict()), [own], keep[None])
-    full = small(Residual())
+    full = small(Residual(), nn.PReLU())
     full.load_state_dict(state)
     again = remove(full, spec, KeepMask(keep), IMAGES)
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
@@ -154,7 +168,8 @@ def test_coupled_layers_and_heads_average_number_by_number() -> None:
     delta = {name: value - origin[name] for name, value in average(spec, origin, states, keeps).items()}
     qkv = delta["blocks.0.attn.qkv.weight"].view(3, 4, 4, 16)
     assert torch.allclose(qkv[:, 0, :, 0], torch.tensor(4.0))  # head 0: the second neighbour alone
-    assert torch.allclose(qkv[:, 0, :, 7], torch.tensor(0.0))  # head 0 and channel 7: nobody has both
+    whole = origin["blocks.0.attn.qkv.weight"].view(3, 4, 4, 16)
+    assert torch.equal(qkv[:, 0, :, 7], -whole[:, 0, :, 7])  # head 0 and channel 7: nobody has both
     assert torch.allclose(qkv[:, 1:, :, 3], torch.tensor(4.0))
     assert torch.allclose(qkv[:, 1:, :, 7], torch.tensor(2.0))
     assert torch.allclose(qkv[:, 1:, :, 0], torch.tensor(3.0), atol=1e-6)

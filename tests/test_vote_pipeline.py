@@ -140,6 +140,12 @@ def test_the_numbers_can_be_measured_again(vote_run: Finished, run: Path) -> Non
     assert report["zoo"] == {"tasks": 12, "training_flops": sum(task.metrics["training_flops"] for task in zoo)}
 
 
+def test_every_target_has_a_draw_of_its_own(run: Path) -> None:
+    job = pipeline.reopened(run)
+    drawn = [trials.begin(job, trials.plan(job, "random", target, 0)).keep for target in job.targets[:2]]
+    assert not torch.equal(*(mask.keep for mask in drawn if mask))
+
+
 def test_the_majority_of_the_nearest_decides(run: Path) -> None:
     """At the recipe's small temperature no unit goes that has more votes than one that stays."""
     job = pipeline.reopened(run)

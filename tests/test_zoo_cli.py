@@ -79,6 +79,11 @@ def test_add(here: Here, tmp_path: Path) -> None:
     assert {key: kept[key] for key in kept if key not in own} == {key: original[key] for key in kept if key not in own}
     assert torch.equal(zoo.load_extra("task-1")["prototypes"], found(1)[2]["prototypes"])
     assert zoo.verify() == []
+    gentle = torch.ones(NODES, dtype=torch.bool)
+    save_task(tmp_path / "gentle.safetensors", Stored(planned(7), zoo.identity, gentle, *found(7)[1:]))
+    said = here("zoo", "add", "zoo", "gentle.safetensors")[2]
+    assert f"it keeps {NODES} of {NODES} nodes, task-1 " in said
+    assert "not pruned by the same ratio" in said
 
     other = {"nodes": NODES, "fingerprint": "another"}
     save_task(tmp_path / "other.safetensors", Stored(planned(9), other, *found(9)))
@@ -95,7 +100,7 @@ def test_add(here: Here, tmp_path: Path) -> None:
         code, out, err = here("zoo", "add", "zoo", file)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert message in err
-    assert len(zoo.tasks()) == 1
+    assert len(zoo.tasks()) == 2
 
 
 def test_add_asks_for_the_weights_that_the_tasks_share(here: Here, tmp_path: Path) -> None:
