@@ -24,7 +24,7 @@ from gmn.neighbours import ranking
 from gmn.reader import OnUnknown
 from gmn.recipe import checked
 from gmn.reconstruct import mend
-from gmn.run import METANETWORK_FILE
+from gmn.run import METANETWORK_FILE, one_of_its_runs
 from gmn.settings import Criterion, Fit, Prune, Ranking
 from gmn.similarity import similarity_by_name
 from gmn.state_dict import checksum
@@ -33,6 +33,7 @@ from gmn.vote_prune import vote_for
 from gmn.weight_masks import WeightMask, parameters_left
 from gmn.weight_ranking import prune_by_pattern
 from gmn.zoo import Zoo
+from gmn.zoo_index import zoo_path
 from gmn.zoo_task import WEIGHTS, check_same
 
 NETWORK = "network"
@@ -136,17 +137,12 @@ def load_network(zoo: Path) -> nn.Module:
     return load_model(folder)
 
 
-def zoo_path(path: Path) -> Path | None:
-    """The zoo that a path means: itself, or `zoo` in a run folder; None if there is none."""
-    return next((folder for folder in (path, path / "zoo") if (folder / "index.sqlite").is_file()), None)
-
-
 def metanetwork_path(path: Path) -> Path:
     """The file of a metanetwork: the path itself, or `metanetwork.safetensors` in a run folder."""
     file = path / METANETWORK_FILE if path.is_dir() else path
     if not file.is_file():
         expected = "a run folder of gmn meta-train, a zoo, or a .safetensors file"
-        hint = f"take a run of the matrix's {entries}" if (entries := path / "entries").is_dir() else None
+        hint = one_of_its_runs(path) or "make it first: gmn meta-train RECIPE"
         raise CheckpointError("nothing learnt here", expected=expected, got=str(path), hint=hint)
     return file
 

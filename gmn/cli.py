@@ -56,8 +56,9 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: --set meta_train.epochs=3")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field: --set prune.speed_up=2")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder. Default: runs/NAME")]
+PrunedOption = Annotated[Path | None, typer.Option("--run", help="The run folder. Default: runs/NAME-pruned")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of everything random.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
@@ -116,7 +117,7 @@ def meta_train(
 
 
 PRUNE = "gmn prune my.yaml --meta runs/quickstart"
-WEIGHTS = f"{PRUNE} --set prune.pattern=2:4 --set prune.speed_up=null"
+WEIGHTS = f"{PRUNE} --set prune.pattern=2:4 --set prune.speed_up=null --set data_models.initial_speed_up=1"
 
 
 @app.command(
@@ -127,7 +128,7 @@ def prune(
     meta: Annotated[Path, typer.Option("--meta", help="A run folder, a saved metanetwork or a zoo.")],
     overrides: SetOption = None,
     seed: SeedOption = None,
-    run: RunOption = None,
+    run: PrunedOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     engine: EngineOption = "here",
@@ -171,13 +172,16 @@ def cost(
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run that meta-trained.")]
 TUNED = "Images that each network is fine-tuned on before its curve; 0: none. The paper's figures are fine-tuned."
+CHECKPOINTS = "Epochs, such as 0,2,5; 0: no metanetwork. Default: 0, the best and the last."
 FinetuneOption = Annotated[int, typer.Option("--finetune-images", min=0, help="Brief fine-tuning of each checkpoint.")]
 
 
 @app.command(epilog="Example:  gmn curve runs/quickstart --checkpoints 0,2,5")
 def curve(
     run: RunArgument,
-    checkpoints: Annotated[str | None, typer.Option("--checkpoints", help="0: none. Default: 0, best, last")] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option("--checkpoints", help="Epochs: 0,2,5; 0: no metanetwork. Default: 0, best, last")
+    ] = None,
     points: Annotated[int, typer.Option("--points", min=2, help="Points of a curve; N:M has M of its own.")] = 12,
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many validation images a point.")] = 2000,
     drop: Annotated[float, typer.Option("--drop", min=0, help="Accuracy lost at the turning point.")] = 0.02,
@@ -335,7 +339,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     arguments: list[Any] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments)
+        sys.exit(app(arguments, standalone_mode=False, prog_name="gmn") or 0)
     except (Exception, KeyboardInterrupt, Stopped) as error:
         found = verdict(error, resumable=arguments[:1] in (["meta-train"], ["prune"]))
         if debug or found is None:

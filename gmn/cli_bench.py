@@ -11,7 +11,7 @@ from gmn.cli_options import AllowCodeOption, BuilderOption, ClassesOption, Input
 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
-bench_app = typer.Typer(no_args_is_help=True, help="Try gmn on many networks.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure gmn here: conversions, time, memory, many tasks.")
 BENCH = "Example:  gmn bench convert --suite timm --only swin   (results are kept: call it again to go on)"
 
 

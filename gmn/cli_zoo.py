@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 zoo_app = typer.Typer(no_args_is_help=True, help="The pruned tasks of a network: list, check, add.")
-ZooArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the zoo.")]
+ZooArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the zoo, or of its run.")]
 ZOO_LIST = "Examples:  gmn zoo list zoo --class cat --sort accuracy --limit 20   |   gmn zoo list zoo | cut -f 1"
 
 

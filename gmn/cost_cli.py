@@ -15,7 +15,7 @@ from gmn.errors import CheckpointError
 from gmn.permission import allow_code
 from gmn.recipe import load_recipe
 from gmn.report import row_title
-from gmn.run import open_run, reading
+from gmn.run import one_of_its_runs, open_run, reading
 from gmn.run_cost import account
 from gmn.settings import Recipe
 
@@ -34,7 +34,8 @@ def cost(run: Path, *, networks: str, output: Path | None) -> None:
         recipe = load_recipe(open_run(run) / "recipe.yaml")
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
-        raise CheckpointError("the run has no metanetwork", expected=expected, got=str(run))
+        hint = one_of_its_runs(run)
+        raise CheckpointError("the run has no metanetwork", expected=expected, got=str(run), hint=hint)
     counts, console = numbers("--networks", networks), wide_console()
     with reading(run / "metrics.jsonl"):
         content = {"recipe": recipe.name, **account(run, counts, recipe.report.metanetworks)}

@@ -44,6 +44,8 @@ def verdict(error: BaseException, *, resumable: bool = False) -> tuple[int, str]
     kept = [KEPT] if resumable else []
     if isinstance(error, GmnError):
         return MISTAKE, str(error)
+    if (usage := _of_call(error)) is not None:
+        return MISTAKE, usage
     if _of_connection(error):
         return MISTAKE, "; ".join([f"a connection failed: {one_line(error)}", *kept])
     if isinstance(error, WRONG_PATH):
@@ -56,6 +58,18 @@ def verdict(error: BaseException, *, resumable: bool = False) -> tuple[int, str]
         detail = str(error).strip().split("\n")[0]
         return MEMORY, "; ".join([f"out of memory: {detail}".removesuffix(": "), SMALLER, *kept])
     return None
+
+
+def _of_call(error: BaseException) -> str | None:
+    """What the library of the command line says is wrong with a call: an error of click's, which typer may bring along.
+
+    Nothing where a command was called without anything, and shows its help.
+    """
+    context = getattr(error, "ctx", None)
+    if context is None or not hasattr(error, "format_message"):
+        return None
+    said = error.format_message().strip()
+    return f"{said.rstrip('.')}; see {context.command_path} --help" if said and "\n" not in said else said
 
 
 def _of_connection(error: BaseException) -> bool:

@@ -41,7 +41,8 @@ def fail(line: str, code: int = 2) -> NoReturn:
     number = rank()
     if number:
         time.sleep(GRACE)
-    print(f"gmn: {f'process {number}: ' if number else ''}{line}", file=sys.stderr, flush=True)
+    if line:  # nothing to say where a command has shown its help
+        print(f"gmn: {f'process {number}: ' if number else ''}{line}", file=sys.stderr, flush=True)
     if number is not None:
         os._exit(code)  # an orderly end would wait for the others
     sys.exit(code)

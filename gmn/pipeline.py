@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gmn.api import NETWORK, metanetwork_path, zoo_path
+from gmn.api import NETWORK, metanetwork_path
 from gmn.checkpoint import digest_of, load_json, load_metanetwork, save_json
 from gmn.compare import compare
 from gmn.engine import HERE, Engine
@@ -22,13 +22,14 @@ from gmn.matrix import Matrix
 from gmn.meta_job import MetaJob
 from gmn.permission import allow_code
 from gmn.recipe import AnyRecipe, dump_recipe, load_recipe
-from gmn.run import Run, open_run, reading
+from gmn.run import Run, one_of_its_runs, open_run, reading
 from gmn.settings import Recipe
 from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
 from gmn.vote_compare import compare_votes, measured, planned
 from gmn.vote_job import VoteJob
 from gmn.zoo import Zoo
+from gmn.zoo_index import zoo_path
 from gmn.zoo_task import check_same
 
 VOTERS = "voters.json"
@@ -116,7 +117,8 @@ def reopened_metanetwork(folder: Path) -> MetaJob:
     recipe = load_recipe(open_run(folder) / "recipe.yaml")
     if not isinstance(recipe, Recipe):
         expected = "a run of a recipe with `method: metanetwork`"
-        raise RecipeError("the run has no metanetwork", expected=expected, got=str(folder))
+        hint = one_of_its_runs(folder)
+        raise RecipeError("the run has no metanetwork", expected=expected, got=str(folder), hint=hint)
     return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=True, visits=True))
 
 

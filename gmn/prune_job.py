@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmn.api import zoo_of, zoo_path
+from gmn.api import zoo_of
 from gmn.backbone import Backbone
 from gmn.builder import Layout
 from gmn.checkpoint import load_checked, save_json
@@ -34,6 +34,7 @@ from gmn.training import evaluate, recalibrate
 from gmn.vote import prior
 from gmn.weight_masks import WeightMask, parameters_left
 from gmn.weight_ranking import Prunable, prune_by_pattern, weight_ladder
+from gmn.zoo_index import zoo_path
 
 
 class PruneJob(Job):

@@ -213,6 +213,11 @@ def open_run(folder: str | Path) -> Path:
     return folder
 
 
+def one_of_its_runs(folder: Path) -> str | None:
+    """Where the runs of a matrix are, as a hint; None for other folders."""
+    return f"take a run of the matrix's {entries}" if (entries := folder / "entries").is_dir() else None
+
+
 def refuse_links(folder: Path) -> None:
     """CheckpointError if a link leads out of a folder, or something in it is neither file nor folder.
 

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmn.api import NETWORK, zoo_path
+from gmn.api import NETWORK
 from gmn.batches import tensors_in
 from gmn.errors import CheckpointError, GmnError
 from gmn.names import refuse_unknown
 from gmn.pipeline import digest, voters
 from gmn.run import is_run, load_report, open_run, reading
 from gmn.subject import Choices, Named, named
+from gmn.zoo_index import zoo_path
 
 
 def finished(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -361,7 +361,8 @@ class Recipe(Common):
             raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
         if not self.prune.of_channels and (initial != 1 or self.report.speed_ups):
             name = "report.speed_ups" if initial == 1 else "data_models.initial_speed_up"
-            raise ValueError(f"{name} removes channels: leave it out with prune.pattern {self.prune.pattern}")
+            hint = f"leave it out with prune.pattern {self.prune.pattern}, or set it to {'[]' if initial == 1 else '1'}"
+            raise ValueError(f"{name} removes channels: {hint}")
         least = self.targets[0]
         if least is not None and initial != "auto" and initial >= least:
             name = "prune.speed_up" if least == self.prune.speed_up else "report.speed_ups"

@@ -82,7 +82,8 @@ def _root(request: Request) -> Path:
     if request.root is None:
         raise DataError("this data set needs `root`", expected="the folder of its files")
     if not request.root.is_dir() and not request.download:
-        raise DataError("no such folder", got=str(request.root), where="`root`")
+        hint = "give data.root, or data.download: true"
+        raise DataError("no such folder", got=str(request.root), where="`root`", hint=hint)
     return request.root
 
 
@@ -236,7 +237,8 @@ def _matching(patterns: Sequence[str], root: Path | None) -> list[Path]:
         # glob.glob and not Path.glob: a pattern may be absolute
         paths = sorted(glob.glob(str(root / pattern if root else pattern)))  # noqa: PTH207
         if not paths:
-            raise DataError("no such parquet file", got=repr(pattern), where=str(root or Path.cwd()))
+            where, hint = str(root or Path.cwd()), "give data.train and data.test"
+            raise DataError("no such parquet file", got=repr(pattern), where=where, hint=hint)
         found += map(Path, paths)
     return found
 

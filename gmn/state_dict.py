@@ -46,7 +46,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         CheckpointError: if the file is missing, torn, of another kind, or claims more than it holds.
     """
     if not path.is_file():
-        raise CheckpointError("no such file of weights", got=str(path))
+        raise CheckpointError("no such file of weights", got=str(path), hint="if a run makes it, make that run first")
     refuse_too_large(path)
     try:
         content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _unpickled(path)

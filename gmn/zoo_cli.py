@@ -14,6 +14,7 @@ from gmn.errors import GmnError
 from gmn.names import nearest
 from gmn.progress import say
 from gmn.zoo import Split, Status, Task, Zoo
+from gmn.zoo_index import zoo_path
 
 T = TypeVar("T")
 SPLITS: dict[str, Split] = {name: name for name in get_args(Split)}
@@ -41,8 +42,8 @@ def list_tasks(
     if limit is not None and limit < 0:
         raise GmnError("not a number of tasks", expected="0 or more", got=str(limit), where="--limit")
     only = None if split is None else _choice("--split", split, SPLITS)
-    which = None if status == "all" else _choice("--status", status, STATUSES)
-    zoo = Zoo.open(folder)
+    which = None if status == "all" else _choice("--status", status, STATUSES, "all")
+    zoo = _opened(folder)
     tasks = zoo.tasks(only, None if label is None else [label], which, order_by=sort)
     if label is not None and not tasks:
         known = sorted({name for task in zoo.tasks(status=None) for name in task.class_names})
@@ -54,7 +55,7 @@ def list_tasks(
 
 def verify(folder: Path) -> bool:
     """Print what is wrong with a zoo, a line each, and tell whether nothing is; GmnError if there is no zoo."""
-    zoo = Zoo.open(folder)
+    zoo = _opened(folder)
     problems = zoo.verify()
     for problem in problems:
         print(problem)
@@ -64,7 +65,7 @@ def verify(folder: Path) -> bool:
 
 def add(folder: Path, file: Path) -> None:
     """Add a task's file to a zoo; GmnError if it is damaged, for another network, or there already."""
-    zoo = Zoo.open(folder)
+    zoo = _opened(folder)
     task = zoo.add_file(file)
     if others := [other.name for other in zoo.tasks(limit=2) if other.name != task.name]:
         own, usual = zoo.masks([task.name, others[0]]).sum(1).tolist()
@@ -105,7 +106,12 @@ def _table(header: Line, lines: Sequence[Line]) -> Table:
     return table
 
 
-def _choice(option: str, name: str, valid: dict[str, T]) -> T:
+def _opened(folder: Path) -> Zoo:
+    """The zoo in a folder, or in that of its run."""
+    return Zoo.open(zoo_path(folder) or folder)
+
+
+def _choice(option: str, name: str, valid: dict[str, T], *more: str) -> T:
     if name not in valid:
-        raise GmnError("no such choice", expected=" or ".join(valid), got=repr(name), where=option)
+        raise GmnError("no such choice", expected=" or ".join([*valid, *more]), got=repr(name), where=option)
     return valid[name]

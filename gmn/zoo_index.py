@@ -221,3 +221,8 @@ def _build(path: Path, about: Mapping[str, Any]) -> None:
         db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # closing would do it too, but says nothing when the disk is full
+
+
+def zoo_path(path: Path) -> Path | None:
+    """The zoo that a path means: itself, or `zoo` in a run folder; None if there is none."""
+    return next((folder for folder in (path, path / "zoo") if (folder / INDEX).is_file()), None)

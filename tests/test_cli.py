@@ -115,6 +115,16 @@ def test_mistakes_in_the_call(here: Here, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_mistakes_in_the_options(here: Here, tmp_path: Path) -> None:
+    assert mistake(here, "prune", "quickstart") == "gmn: Missing option '--meta'; see gmn prune --help"
+    assert "No such command 'prun'" in mistake(here, "prun")
+    assert "'--seed'" in mistake(here, "meta-train", "quickstart", "--seed", "-1")
+    assert "'MODEL...'; see gmn bench latency --help" in mistake(here, "bench", "latency")
+    code, out, err = here("zoo")
+    assert (code, "Usage: gmn zoo" in out, err) == (2, True, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_data_file(here: Here, tmp_path: Path) -> None:
     overrides = ["--set", "data.name=parquet", "--set", "data.train=no.parquet", "--set", "data.test=no.parquet"]
     assert "no.parquet" in mistake(here, "meta-train", "quickstart", *overrides)
