@@ -308,11 +308,12 @@ def _unknown(error: ErrorDetails, places: Places, kind: type[BaseModel]) -> Reci
     *parents, name = error["loc"]
     keys = list(_section(parents, kind).model_fields)
     near = difflib.get_close_matches(str(name), keys, n=1)
+    everywhere = f"for all entries: common.{name}" if "common" in keys else None
     return RecipeError(
         f"unknown key {name!r}",
         expected=f"one of {', '.join(keys)}",
         where=inside(_place(error["loc"], places), parents),
-        hint=f"did you mean {near[0]!r}?" if near else None,
+        hint=f"did you mean {near[0]!r}?" if near else everywhere,
     )
 
 

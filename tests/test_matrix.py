@@ -318,6 +318,7 @@ def test_what_is_common_replaces_as_in_a_single_recipe() -> None:
         (["common.report.speed_ups=[1.5]"], "a matrix has one speed-up: leave report.speed_ups out of grey"),
         (["common=3"], "bad value for 'common': expected a mapping of keys; got 3; in --set common=3"),
         (["comon.seed=3"], "did you mean 'common'?"),
+        (["prune.speed_up=3"], "for all entries: common.prune"),
         (["common.prune.sped_up=3"], "in --set common.prune.sped_up=3 (entries.grey.prune); did you mean 'speed_up'?"),
         (
             ["entries.rgb.meta_train.epochs=x"],
