@@ -172,7 +172,6 @@ def cost(
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run that meta-trained.")]
 TUNED = "Images that each network is fine-tuned on before its curve; 0: none. The paper's figures are fine-tuned."
-CHECKPOINTS = "Epochs, such as 0,2,5; 0: no metanetwork. Default: 0, the best and the last."
 FinetuneOption = Annotated[int, typer.Option("--finetune-images", min=0, help="Brief fine-tuning of each checkpoint.")]
 
 
