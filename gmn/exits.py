@@ -65,10 +65,10 @@ def _of_call(error: BaseException) -> str | None:
 
     Nothing where a command was called without anything, and shows its help.
     """
-    context = getattr(error, "ctx", None)
-    if context is None or not hasattr(error, "format_message"):
+    context, explain = getattr(error, "ctx", None), getattr(error, "format_message", None)
+    if context is None or explain is None:
         return None
-    said = error.format_message().strip()
+    said = str(explain()).strip()
     return f"{said.rstrip('.')}; see {context.command_path} --help" if said and "\n" not in said else said
 
 

@@ -72,7 +72,7 @@ def _vote(folder: Path) -> None:
     with several():
         pipeline.meta_train(_recipe("graph-mask-voting"), folder / "run", resume=True)
     with several():
-        study_cli.study("iou", folder / "run", similarity=None, targets=3, neighbours="2", iterations=None)
+        study_cli.study("iou", folder / "run", similarity=None, targets=3)
 
 
 TENSORS = written(safetensors_of)
