@@ -121,8 +121,8 @@ class _Stages:
         self.split, self.config, self.example, self.seed, self.augment = split, config, example_inputs, seed, augment
         self.flops = 0.0
 
-    def train(self, model: nn.Module, iterations: int, *, decay: bool = False) -> None:
-        """So many steps on all parameters that may change."""
+    def train(self, model: nn.Module, iterations: int, *, decay: bool = False, passes: int = 3) -> None:
+        """So many steps on all parameters that may change; `passes` is what a step costs, see `_count`."""
         config = self.config
         if iterations > 0:
             steps = Fit(
@@ -134,8 +134,7 @@ class _Stages:
                 bf16=config.bf16,
             )
             fit(model, self.split, steps, seed=self.seed, augment=self.augment, title="filter pruning")
-            flops = training_flops(model, self.example, iterations * min(config.batch_size, len(self.split)))
-            self.flops += flops / 3 if isinstance(model, _HeadAlone) else flops
+            self._count(model, iterations * min(config.batch_size, len(self.split)), passes)
         self.seed += 1
 
     def train_head(self, model: nn.Module, head: str, iterations: int) -> None:
@@ -143,15 +142,17 @@ class _Stages:
         wanted = {name: p.requires_grad for name, p in model.named_parameters()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[0] == head)
-        self.train(_HeadAlone(model), iterations)
+        self.train(_HeadAlone(model), iterations, passes=1)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name])
 
     def count_scores(self, model: nn.Module) -> None:
         """The passes over the images for the scores: forward only, or forward and backward."""
-        images = min(self.config.score_images, len(self.split))
-        flops = training_flops(model, self.example, images)
-        self.flops += flops if self.config.score == "taylor" else flops / 3
+        self._count(model, min(self.config.score_images, len(self.split)), 3 if self.config.score == "taylor" else 1)
+
+    def _count(self, model: nn.Module, images: int, passes: int) -> None:
+        """Add the FLOPs of so many passes over images: a forward pass is one, a backward pass counts as two."""
+        self.flops += training_flops(model, self.example, images) / 3 * passes
 
 
 def _restrict(coupled: Couplings, nodes: Tensor) -> Couplings:

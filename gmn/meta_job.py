@@ -39,7 +39,7 @@ from gmn.run import METANETWORK_FILE, Run
 from gmn.settings import Fit, Recipe
 from gmn.stages import stage
 from gmn.trace import clone
-from gmn.training import epoch_and_batch, evaluate, make_optimizer, recalibrate
+from gmn.training import epoch_and_batch, evaluate, make_optimizer
 from gmn.weight_masks import WeightSparsity, reasons
 
 
@@ -296,6 +296,5 @@ class MetaJob(PruneJob):
             return to_model(graph)
         with torch.no_grad():
             model = to_model(metanetwork(graph))
-        images = self.recipe.finetune.recalibrate_after_meta
-        recalibrate(model, self.data.train, images, seed=self.recipe.seed, augment=self.augment)
+        self.recalibrate(model, self.recipe.finetune.recalibrate_after_meta)
         return model

@@ -186,7 +186,7 @@ class PruneJob(Job):
         mend(model, pruned, spec, self.data.train, own.reconstruct, own.recalibrate, **options)
         return pruned
 
-    def recalibrate(self, model: nn.Module) -> None:
-        """Batch norms of a network that was cut in another way; on the images of `reconstruct` if that is asked for."""
-        images = self.recipe.prune.recalibrate or self.recipe.prune.reconstruct
+    def recalibrate(self, model: nn.Module, images: int | None = None) -> None:
+        """Batch norms of a network, on so many images; None: as after pruning, also where `reconstruct` stands for it."""
+        images = self.recipe.prune.recalibrate or self.recipe.prune.reconstruct if images is None else images
         recalibrate(model, self.data.train, images, seed=self.recipe.seed, augment=self.augment)

@@ -202,9 +202,9 @@ class Criterion(Section):
 
     @model_validator(mode="after")
     def _what_scores_read(self) -> Criterion:
-        for key, readers in (("p", ["norm"]), ("images", ["taylor"])):
-            own = self.score in ("norm", "bn-scale", "taylor", "fpgm", "random")
-            if own and self.score not in readers and getattr(self, key) != type(self).model_fields[key].default:
+        others = ("bn-scale", "fpgm", "random")  # scores of one's own may read anything
+        for key, scores in (("p", ("taylor", *others)), ("images", ("norm", *others))):
+            if self.score in scores and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no meaning with score {self.score}: leave it out")
         return self
 

@@ -140,7 +140,7 @@ class VoteJob(Job):
         settings = self.recipe.zoo
         more: dict[str, Any] = {"network": self.source, "ratio": self.recipe.ratio, "pruner": settings.pruner}
         if settings.filters.only_inside and settings.pruner == "filters":
-            more["only_inside"] = True
+            more["only_inside"] = True  # not said otherwise: zoos of an older gmn, which are gone on with, say nothing
         return Zoo.create(self.folder, {**about, **more, "data": self.recipe.data.name})
 
     def build(self) -> None:

@@ -61,11 +61,13 @@ def test_turning_points() -> None:
 def test_curves_of_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw_curves(run, checkpoints="0, 3", points=3, images=50, drop=0.5, finetune_images=0)
     content = json.loads((run / "curves" / "curve.json").read_text())
+    with (job := pipeline.reopened_metanetwork(run)).run:
+        whole, judge = job.cost(job.built(1)), job.cost(job.data_model(1))
     assert [entry["checkpoint"] for entry in content["curves"]] == [0, 3]
     for entry in content["curves"]:
         speeds = [speed for speed, _ in entry["points"]]
         assert len(speeds) == 4
-        assert speeds[0] > 1.2  # they count from before the initial pruning
+        assert speeds[0] == whole.flops / judge.flops > 1.2  # they count from before the initial pruning
         assert speeds == sorted(speeds)
         assert entry["turning_point"] == turning_point([(s, a) for s, a in entry["points"]], content["threshold"])
     assert (run / "curves" / "curve.png").read_bytes().startswith(b"\x89PNG")
