@@ -187,6 +187,6 @@ class PruneJob(Job):
         return pruned
 
     def recalibrate(self, model: nn.Module, images: int | None = None) -> None:
-        """Batch norms of a network, on so many images; None: as after pruning, also where `reconstruct` stands for it."""
+        """Batch norms, on so many images; None: as after pruning, also where `reconstruct` stands for it."""
         images = self.recipe.prune.recalibrate or self.recipe.prune.reconstruct if images is None else images
         recalibrate(model, self.data.train, images, seed=self.recipe.seed, augment=self.augment)
