@@ -34,7 +34,7 @@ def gate(call: Call) -> Flow | None:
 @register_function("addcmul", "addcmul_")
 def affine(call: Call) -> Flow | None:
     """shift + scale * x with parameters of one number per channel."""
-    shift, scale, flow = call.args[0], call.args[1], call.args[2]
+    shift, scale, flow = call.args[0], call.argument(1, "tensor1"), call.argument(2, "tensor2")
     if not (isinstance(flow, Flow) and isinstance(scale, Parameters) and isinstance(shift, Parameters)):
         return None
     nodes = _per_channel(call, flow, {"scale": scale, "shift": shift})

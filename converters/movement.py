@@ -42,14 +42,14 @@ _EXPANSIONS = words("""
     expand expand_as broadcast_to
 """)
 _MOVEMENTS = words("""
-    view reshape view_as reshape_as flatten unflatten ravel squeeze unsqueeze expand expand_as broadcast_to repeat
-    repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t flip fliplr roll rot90 diagonal
-    __get__ chunk split tensor_split unsafe_chunk hsplit vsplit dsplit unbind narrow select index_select __getitem__
-    slice split_with_sizes alias lift_fresh_copy pixel_shuffle pixel_unshuffle channel_shuffle
+    squeeze unsqueeze repeat repeat_interleave tile permute transpose swapaxes swapdims movedim moveaxis t flip
+    fliplr roll rot90 diagonal __get__ chunk split tensor_split unsafe_chunk hsplit vsplit dsplit unbind narrow
+    select index_select __getitem__ slice split_with_sizes alias lift_fresh_copy pixel_shuffle pixel_unshuffle
+    channel_shuffle
 """)
 
 
-@register_function(*_MOVEMENTS)
+@register_function(*_RESHAPES, *_EXPANSIONS, *_MOVEMENTS)
 def move(call: Call) -> Any:
     """Reshape, permute, split: the same call on the node numbers."""
     if call.op in _RESHAPES:

@@ -241,8 +241,6 @@ def _tuned(model: nn.Module, when: str, *, data: Data | None, finetune: Fit | No
 
 
 def _target(speed_up: float | None, pattern: dict[str, Any], options: dict[str, Any]) -> Prune:
-    if speed_up is not None and speed_up <= 1:
-        raise PruningError("nothing to aim at", expected="speed_up above 1", got=f"speed_up={speed_up:g}")
     checked(Ranking, options, "gmn.prune")  # of a recipe's section only these are arguments
     return checked(Prune, {"speed_up": speed_up, **pattern, **options}, "gmn.prune")
 

@@ -194,9 +194,9 @@ class _Assembly:
     # -- the parts of the graph ----------------------------------------------------------------------------------
 
     def _spec(self) -> GraphSpec:
-        node_slots = tuple(slot for group in self.groups_with_slots() for slot in self._node_slots(group))
-        homes = {s.param for s in self.slots} | {s.param for s in node_slots}
         builder = self.builder
+        node_slots = tuple(slot for group in builder.groups for slot in self._node_slots(group))
+        homes = {s.param for s in self.slots} | {s.param for s in node_slots}
         heads = tuple(dict.fromkeys(self._heads()))  # before what is frozen and tied: it adds to both
         carried = {n: tuple(p.shape) for n, p in builder.params.items() if n not in homes}
         starts = itertools.accumulate(self.sizes, initial=0)
@@ -218,9 +218,6 @@ class _Assembly:
             ties=tuple(self._ties()),
             followers=tuple((n, axis, as_runs(self.final[nodes.long()])) for n, axis, nodes in builder.followers),
         )
-
-    def groups_with_slots(self) -> list[Group]:
-        return [group for group in self.builder.groups if group.slots]
 
     def _kind(self, group: Group) -> str:
         roles = self.role[group.start : group.start + group.size]
@@ -291,10 +288,6 @@ def _first_row(edges: Edges) -> int:
 
 def _contiguous(nodes: Tensor) -> bool:
     return bool((nodes[1:] == nodes[:-1] + 1).all())
-
-
-def _span(nodes: Tensor) -> Range:
-    return int(nodes.min()), len(nodes)
 
 
 def _spans(nodes: Tensor) -> Iterator[tuple[Range, Tensor]]:

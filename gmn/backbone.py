@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from gmn.batches import moved
 from gmn.convert import to_graph
 from gmn.data import Data
-from gmn.errors import CheckpointError, GmnError
+from gmn.errors import CheckpointError, GmnError, of_machine
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask, inside
 from gmn.state_dict import checksum
 from gmn.surgery import remove, settled
-from gmn.tasks import head_of, with_layer
+from gmn.tasks import head_of, with_head
 from gmn.trace import clone, evaluation
 from gmn.zoo import fingerprint
 from gmn.zoo_task import WEIGHTS
@@ -59,7 +59,7 @@ class Backbone:
 
     def with_head(self, classes: int, *, seed: int) -> nn.Module:
         """A copy of the network with a new head for so many classes."""
-        return with_layer(self.model, self.head, classes, seed=seed)
+        return with_head(self.model, self.head, classes, seed=seed)
 
     def widened(self, keep: Tensor) -> Tensor:
         """[N] bool from a mask of the same network with another head: the nodes of the head, the last ones, stay."""
@@ -72,10 +72,13 @@ class Backbone:
         """The pruned network of a task from its mask and weights; CheckpointError if they are not those of one."""
         try:
             smaller = remove(self.model, self.spec, keep, self.example, coupled=self.coupled)
-            model = with_layer(smaller, self.head, len(weights[f"{self.head}.weight"]), seed=0)
+            model = with_head(smaller, self.head, len(weights[f"{self.head}.weight"]), seed=0)
             model.load_state_dict(weights)
         except (GmnError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError("not the weights of a task", got=str(error).strip().splitlines()[-1]) from error
+            if of_machine(error):
+                raise
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise CheckpointError("not the weights of a task", got=last) from error
         return model.eval()
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from gmn.budget import merged
 from gmn.builder import Layout
-from gmn.checkpoint import is_saved, load_checked, load_model, save_model
+from gmn.checkpoint import load_checked, load_model, save_model, saved_facts
 from gmn.costs import Cost
 from gmn.library_pruner import prune_with
 from gmn.meta_job import MetaJob
@@ -107,9 +107,9 @@ class Trial:
 
     def made(self, folder: Path) -> bool:
         """Whether a folder holds this row's network: `gmn select --use` may have changed the metanetwork since."""
-        if not is_saved(folder):
+        if (facts := saved_facts(folder)) is None:
             return False
-        stated = load_checked(folder / "model.json", {}).get(DIGEST)
+        stated = facts.get(DIGEST)
         if stated is None or stated == self.learnt.get(DIGEST):  # an older gmn did not state it
             return True
         say(f"{folder.relative_to(self._models.parent)}: of another metanetwork than the run's; it is made again")

@@ -154,7 +154,7 @@ def _zoo(network: str, count: int) -> ZooSize:
     from gmn.networks import build_network
     from gmn.similarity import similarity_by_name
     from gmn.surgery import remove
-    from gmn.tasks import task_data, with_layer
+    from gmn.tasks import task_data, with_head
     from gmn.vote import draw
     from gmn.zoo import Zoo
 
@@ -168,7 +168,7 @@ def _zoo(network: str, count: int) -> ZooSize:
         chosen = draw(torch.zeros(backbone.coupled.num_channels), backbone.coupled, RATIO, generator, 1.0)
         keep = backbone.coupled.nodes(chosen)
         smaller = remove(model, backbone.spec, KeepMask(keep), backbone.example, coupled=backbone.coupled)
-        return keep, dict(with_layer(smaller, backbone.head, 5, seed=0).state_dict())
+        return keep, dict(with_head(smaller, backbone.head, 5, seed=0).state_dict())
 
     means = prototypes(backbone, task_data(data, tuple(range(5))), per_class=1)
     with tempfile.TemporaryDirectory() as folder:

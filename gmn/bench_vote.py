@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from gmn.backbone import Backbone
 from gmn.example import example_inputs
 from gmn.groups import KeepMask
 from gmn.networks import build_network
-from gmn.similarity import TaskView, rank, similarity_by_name
+from gmn.similarity import TaskView, scored, similarity_by_name
 from gmn.surgery import remove
 from gmn.vote import average, draw, vote
-from gmn.vote_prune import Backbone
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def vote_cost(network: str, tasks: int, neighbours: int, *, ratio: float = 0.9, 
     random = lambda: draw(torch.zeros(backbone.coupled.num_channels), backbone.coupled, ratio, generator, 1.0)  # noqa: E731
     keeps = torch.stack([backbone.coupled.nodes(random()) for _ in range(tasks)])
     views = [_view(number, generator) for number in range(tasks + 1)]
-    search = lambda: rank(similarity_by_name("prototypes"), views[-1], views[:-1])[:neighbours]  # noqa: E731
-    chosen = keeps[[index for index, _ in search()]]
+    target, measure = views.pop(), similarity_by_name("prototypes")
+    search = lambda: torch.tensor([scored(measure, target, view) for view in views]).topk(neighbours).indices  # noqa: E731
+    chosen = keeps[search()]
     states = [_cut(backbone, keep) for keep in chosen]
     origin = dict(backbone.model.state_dict())
     return VoteCost(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gmn.checkpoint import is_readable, load_tensors, optimizer_tensors, restore_optimizer, save_tensors, stated
-from gmn.errors import MALFORMED, CheckpointError, one_line
+from gmn.checkpoint import load_sound, optimizer_tensors, restore_optimizer, save_tensors, stated
+from gmn.errors import MALFORMED, CheckpointError, of_machine, one_line
 
 Tensors = dict[str, Tensor]
 KEPT = 2
@@ -99,8 +99,8 @@ class Bookmark:
             CheckpointError: if a sound file is of another training.
         """
         for file in reversed(self._files()):
-            if is_readable(file, "the one before it is taken"):
-                tensors, meta = load_tensors(file)
+            if (found := load_sound(file, "the one before it is taken")) is not None:
+                tensors, meta = found
                 try:
                     if (place := _checked(stated(Place, meta), epochs, steps)).epoch < start:
                         break
@@ -108,6 +108,8 @@ class Bookmark:
                     restore_optimizer(optimizer, tensors)
                     return place, _states(tensors)
                 except MALFORMED as error:
+                    if of_machine(error):
+                        raise
                     hint = f"delete {self.path.parent}, and it begins anew"
                     got = one_line(error)
                     raise CheckpointError("not of this training", got=got, where=str(file), hint=hint) from error

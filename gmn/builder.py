@@ -117,15 +117,15 @@ class Builder:
         self.shared: set[str] = set()  # modules whose parameters are read by more than one call
         self._homes: dict[tuple[str, str, int], Group] = {}
         self._uses: dict[str, Edges] = {}  # first use of each weight
-        self._next = 0
+        self.num_nodes = 0  # so far; some may turn out to be one
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
     def add_nodes(self, name: str, size: int, kind: str, sources: Tensor | None = None) -> Group:
         """A new group of nodes, one step deeper than its sources."""
         depth = 0 if sources is None else 1 + max((g.depth for g in self.groups_of(sources)), default=0)
-        group = Group(name, self._next, size, kind, depth)
-        self._next += size
+        group = Group(name, self.num_nodes, size, kind, depth)
+        self.num_nodes += size
         self.groups.append(group)
         return group
 
@@ -135,11 +135,6 @@ class Builder:
         if made is None:
             made = self._homes[param, name, size] = self.add_nodes(name, size, kind, sources)
         return made
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of nodes so far; some may turn out to be one."""
-        return self._next
 
     def ids(self, group: Group) -> Tensor:
         """Node numbers of a group."""
@@ -311,9 +306,9 @@ class Builder:
         for nodes in (first.src, first.dst, again.src, again.dst):
             self.freeze(nodes, f"{first.param} is used in two ways")
 
-    def join(self, name: str, channels: Tensor, kind: str = "merge") -> Group:
+    def join(self, name: str, channels: Tensor) -> Group:
         """New nodes for channels that come from several places, each joined to its source by an identity."""
-        group = self.add_nodes(name, len(channels), kind, channels)
+        group = self.add_nodes(name, len(channels), "merge", channels)
         self.add_identity(name, channels, self.ids(group), dense=False)
         return group
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from gmn.builder import Layout
 from gmn.distributed import leader_writes
-from gmn.errors import MALFORMED, CheckpointError, GmnError, naming, one_line
+from gmn.errors import MALFORMED, CheckpointError, GmnError, naming, of_machine, one_line
 from gmn.heads import head_counts, restore_heads
 from gmn.jsonl import checked, refuse_large
 from gmn.memory import refuse_too_large
@@ -120,7 +120,7 @@ def load_json(path: Path) -> Any:
     try:
         refuse_large(path)
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError("no such file", got=str(path)) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError("not a JSON file", got=str(error), where=str(path)) from error
@@ -146,16 +146,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     return tensors, meta
 
 
-def is_readable(path: Path, else_: str = "it is made again") -> bool:
-    """Whether `save_tensors` wrote a file that is whole; of a damaged one a line is said, with what is done instead."""
+def load_sound(path: Path, else_: str = "it is made again") -> tuple[dict[str, Tensor], Any] | None:
+    """As `load_tensors`, None if there is no such file; of a damaged one a line is said, with what is done instead."""
     if not path.is_file():
-        return False
+        return None
     try:
-        _load(path)
+        return load_tensors(path)
     except CheckpointError as error:
         say(f"warning: {error}; {else_}")
-        return False
-    return True
+        return None
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
@@ -168,6 +167,8 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
             header = json.loads((file.metadata() or {}).get("gmn", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except UNREADABLE as error:
+        if of_machine(error):
+            raise
         raise CheckpointError("cannot read the file", got=one_line(error), where=str(path)) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT or "content" not in header:
         raise CheckpointError("not a gmn file of this version", expected=f"format {FORMAT}", where=str(path))
@@ -276,16 +277,15 @@ def save_model(folder: Path, model: nn.Module, network: dict[str, Any], **facts:
     save_json(folder / "model.json", content)  # last: a folder with this file is whole
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether a folder holds a saved network, whole to its last byte; of a damaged one a line is said."""
+def saved_facts(folder: Path) -> dict[str, Any] | None:
+    """What `model.json` says of a network that is whole to its last byte, or None; of a damaged one a line is said."""
     if not (folder / "model.json").is_file():
-        return False
+        return None
     try:
-        _saved(folder)
+        return _saved(folder)[0]
     except CheckpointError as error:
         say(f"warning: {error}; it is made again")
-        return False
-    return True
+        return None
 
 
 def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -316,6 +316,8 @@ def load_model(folder: str | Path) -> nn.Module:
         resize(model, {name: tensor.shape for name, tensor in tensors.items()}).load_state_dict(tensors)
         restore_heads(model, dict(content.get("heads", {})))
     except MALFORMED as error:
+        if of_machine(error):
+            raise
         message = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"
         raise CheckpointError("the saved network cannot be rebuilt", got=message, where=str(folder)) from error
     except CheckpointError:

@@ -1,21 +1,24 @@
 """What a network costs: FLOPs, parameters, latency. The one counter of the whole tree.
 
-A multiply-add counts as one FLOP, as in torch-pruning and in the paper's tables (some tools count two).
+A multiply-add counts as one FLOP, as in torch-pruning and in the paper's tables (some tools count two). torch-pruning
+counts the bias of a linear layer once per batch, so the count per image is of the batch that is given, usually one.
 """
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from gmn.batches import tensors_in
+from gmn.batches import batch_size, tensors_in
 from gmn.trace import evaluation, split_inputs
 
 
@@ -35,13 +38,41 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     """
     from torch_pruning.utils import count_ops_and_params  # imports timm and torchvision, which takes seconds
 
-    args, kwargs = split_inputs(example_inputs)
-    # torch-pruning divides by the batch size itself, but sees it only in positional arguments
-    batch = next((a.shape[0] for a in kwargs.values() if isinstance(a, torch.Tensor)), 1)
-    with evaluation(model), warnings.catch_warnings():
+    with evaluation(model), _by_position(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flops = count_ops_and_params(model, kwargs or (args[0] if len(args) == 1 else args))[0]
-    return Cost(float(flops) / batch, sum(p.numel() for p in model.parameters()))
+        flops = count_ops_and_params(_OnInputs(model, example_inputs), torch.zeros(1))[0]
+    return Cost(float(flops) / batch_size(example_inputs), sum(p.numel() for p in model.parameters()))
+
+
+class _OnInputs(nn.Module):
+    """A network that runs on its own inputs: torch-pruning calls with positional tensors alone."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.model, (self.args, self.kwargs) = model, split_inputs(inputs)
+
+    def forward(self, _: torch.Tensor) -> Any:
+        """Pass the inputs on."""
+        return self.model(*self.args, **self.kwargs)
+
+
+@contextmanager
+def _by_position(model: nn.Module) -> Iterator[None]:
+    """Layers of torch that are called with keywords alone get them by position, where torch-pruning looks."""
+
+    def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args or not kwargs:
+            return None
+        given = inspect.signature(module.forward).bind(**kwargs)
+        return given.args, given.kwargs
+
+    layers = [module for module in model.modules() if type(module).__module__.startswith("torch.nn")]
+    handles = [layer.register_forward_pre_hook(bound, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def training_flops(model: nn.Module, example_inputs: Any, images: int) -> float:

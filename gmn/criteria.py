@@ -24,7 +24,7 @@ from gmn.errors import PruningError
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings
 from gmn.members import Members
-from gmn.scores import Course, Tensors, make_score
+from gmn.scores import Course, Tensors, make_score, refuse_no_gradients
 from gmn.settings import Criterion
 
 
@@ -53,19 +53,14 @@ class Importance:
 
     def raw(self, state: Tensors, gradients: Tensors | None = None) -> Tensor:
         """[channels]: I_k, before normalisation; differentiable in the state if the criterion is."""
-        self._refuse_no_gradients(gradients)
+        refuse_no_gradients(self.score, gradients)
         return self._checked(self.score.channels(self.members, state, gradients))
 
     def course(self, state: Tensors, gradients: Tensors | None = None) -> Course:
         """Scores while channels go: what is kept so far, [channels] bool, to [channels]."""
-        self._refuse_no_gradients(gradients)
+        refuse_no_gradients(self.score, gradients)
         raw = self.score.course(self.members, state, gradients)
         return lambda keep: self.normalized(_refuse_unordered(self._checked(raw(keep)), self.score.name), keep)
-
-    def _refuse_no_gradients(self, gradients: Tensors | None) -> None:
-        if self.score.needs_gradients and gradients is None:
-            hint = "pass data=, whose training images they are taken on, or gmn.loss_gradients(...)"
-            raise PruningError(f"the criterion {self.score.name!r} needs gradients", got="none", hint=hint)
 
     def _checked(self, raw: Tensor) -> Tensor:
         if not isinstance(raw, Tensor) or raw.shape != (self.coupled.num_channels,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,20 @@ def one_line(problem: BaseException) -> str:
     """The kind and the first line of an error; gmn's own errors speak for themselves."""
     first = (str(problem).strip().splitlines() or [""])[0]
     return first if isinstance(problem, GmnError) else f"{type(problem).__name__}: {first}".removesuffix(": ")
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, an accelerator's, or that of torch on the CPU, which has no class."""
+    torch = sys.modules.get("torch")  # which takes seconds to import
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether the memory or the disk failed while a file was read: that says nothing of what is in the file."""
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    return no_memory(error) or (isinstance(error, OSError) and error.errno is not None and not missing)
 
 
 @contextmanager

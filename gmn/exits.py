@@ -11,9 +11,7 @@ always. A download that fails is a mistake, though Python has it among the error
 
 from __future__ import annotations
 
-import sys
-
-from gmn.errors import GmnError, one_line
+from gmn.errors import GmnError, no_memory, one_line
 
 MISTAKE, DISK, MEMORY, STOPPED = 2, 3, 4, 130
 WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
@@ -54,7 +52,7 @@ def verdict(error: BaseException, *, resumable: bool = False) -> tuple[int, str]
         return DISK, "; ".join([_of_system(error), *kept])
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         return STOPPED, "; ".join(["stopped", *kept])
-    if _no_memory(error):
+    if no_memory(error):
         detail = str(error).strip().split("\n")[0]
         return MEMORY, "; ".join([f"out of memory: {detail}".removesuffix(": "), SMALLER, *kept])
     return None
@@ -80,11 +78,3 @@ def _of_connection(error: BaseException) -> bool:
 
 def _of_system(error: OSError) -> str:
     return f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
-
-
-def _no_memory(error: BaseException) -> bool:
-    """Python's, an accelerator's, or that of torch on the CPU, which has no class of its own."""
-    torch = sys.modules.get("torch")  # which takes seconds to import
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

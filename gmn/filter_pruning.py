@@ -21,6 +21,7 @@ from gmn.convert import to_graph
 from gmn.costs import training_flops
 from gmn.criteria import Importance
 from gmn.data import Augment, Split
+from gmn.errors import PruningError
 from gmn.gradients import loss_gradients
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings, KeepMask, inside
@@ -167,7 +168,7 @@ def _weakest_dropped(scores: Tensor, coupled: Couplings, floor: Tensor, share: f
     for g in coupled.group[coupled.prunable].unique().tolist():
         members = (coupled.group == g).nonzero().flatten()
         count = min(max(1, round(share * len(members))), len(members) - int(floor[g]))
-        keep[members[scores[members].argsort()[: max(count, 0)]]] = False
+        keep[members[scores[members].argsort(stable=True)[: max(count, 0)]]] = False
     return keep
 
 
@@ -188,9 +189,14 @@ def _scores(model: nn.Module, spec: GraphSpec, coupled: Couplings, split: Split,
 def _activation(
     model: nn.Module, spec: GraphSpec, coupled: Couplings, batches: list[tuple[Tensor, Tensor]], pieces: Pieces
 ) -> Tensor:
-    """Size of what a unit puts out after its norm: mean over positions, sum over images and coupled layers."""
+    """Size of what a unit puts out after its norm: mean over positions, sum over images and coupled layers.
+
+    Raises:
+        PruningError: if units are put out by no module of their own, as the heads of a fused q, k and v are.
+    """
     totals, own = torch.zeros(spec.num_nodes), torch.zeros(spec.num_nodes)
-    with _watched(model, spec, own), evaluation(model), torch.no_grad():
+    seen = torch.zeros(spec.num_nodes, dtype=torch.bool)
+    with _watched(model, spec, own, seen), evaluation(model), torch.no_grad():
         for batch in batches:
 
             def sizes(images: Tensor, _: Tensor) -> list[Tensor]:
@@ -199,11 +205,16 @@ def _activation(
                 return [own * len(images)]
 
             totals += pieces.total(sizes, batch)[0]
+    unseen = coupled.prunable & ~torch.isin(torch.arange(coupled.num_channels), coupled.channel[seen])
+    if bool(unseen.any()):
+        where = coupled.names[int(coupled.group[unseen][0])]
+        hint = "zoo.filters.score: taylor reads gradients; zoo.pruner: heads is for transformers"
+        raise PruningError("units without an activation to score", where=where, hint=hint)
     return torch.zeros(coupled.num_channels).index_add_(0, coupled.channel, totals)
 
 
 @contextmanager
-def _watched(model: nn.Module, spec: GraphSpec, totals: Tensor) -> Iterator[None]:
+def _watched(model: nn.Module, spec: GraphSpec, totals: Tensor, seen: Tensor) -> Iterator[None]:
     """Hooks on the module that puts out each layer's channels: its norm, or the layer itself."""
     owners = {(group.start, group.size): group.name for group in spec.groups}
     for slot in spec.node_slots:  # a norm that lies on the layer's nodes comes after the layer
@@ -212,12 +223,12 @@ def _watched(model: nn.Module, spec: GraphSpec, totals: Tensor) -> Iterator[None
     modules = dict(model.named_modules())
 
     def hook(start: int, size: int) -> Any:
-        def add(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and size in output.shape[1:]:
-                axis = 1 if output.shape[1] == size else output.dim() - 1
-                if output.shape[axis] == size:
-                    rest = [d for d in range(output.dim()) if d != axis]
-                    totals[start : start + size] += F.relu(output).mean(rest).cpu()
+        def add(module: nn.Module, _: Any, output: Any) -> None:
+            axis = _channel_axis(module, output, size) if isinstance(output, Tensor) else None
+            if axis is not None:
+                rest = [d for d in range(output.dim()) if d != axis]
+                totals[start : start + size] += F.relu(output).mean(rest).cpu()
+                seen[start : start + size] = True
 
         return add
 
@@ -227,3 +238,10 @@ def _watched(model: nn.Module, spec: GraphSpec, totals: Tensor) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _channel_axis(module: nn.Module, output: Tensor, size: int) -> int | None:
+    """Where a module's output has its channels; a subclass of a norm over the last axis may have them second."""
+    last = isinstance(module, (nn.Linear, nn.Embedding)) or type(module) in (nn.LayerNorm, nn.RMSNorm)
+    axes = (output.dim() - 1,) if last else (1, output.dim() - 1)
+    return next((axis for axis in axes if output.dim() > 1 and output.shape[axis] == size), None)

@@ -95,8 +95,7 @@ class KeepMask:
 
 def couplings(spec: GraphSpec) -> Couplings:
     """Coupled channels and their groups, by joining nodes along identity edges and depthwise kernels."""
-    labels = _components(spec.num_nodes, _coupled_pairs(spec))
-    channel = labels.unique(return_inverse=True)[1]
+    channel = _components(spec.num_nodes, _coupled_pairs(spec))
     first_node = _first(channel, torch.arange(spec.num_nodes))
     group = _groups(spec, channel, len(first_node))
     starts = torch.tensor([node_group.start for node_group in spec.groups])
@@ -139,7 +138,7 @@ def _coupled_pairs(spec: GraphSpec) -> Tensor:
         if block.form == "diagonal":
             pairs.append(block_edges(block))
         elif index not in weights:
-            pairs.append(_dense_identity(spec, block))
+            pairs.append(_dense_identity(block))
     for first, second in spec.ties:
         pairs.append(torch.stack([torch.arange(start, start + size) for start, size in (first, second)]))
     for (start, size), heads in spec.heads:
@@ -148,7 +147,7 @@ def _coupled_pairs(spec: GraphSpec) -> Tensor:
     return torch.cat(pairs, dim=1)
 
 
-def _dense_identity(spec: GraphSpec, block: EdgeBlock) -> Tensor:
+def _dense_identity(block: EdgeBlock) -> Tensor:
     """Pairs of a dense identity block: the smaller side is centred in the larger one, as in option A shortcuts."""
     size = min(block.src[1], block.dst[1])
     steps = torch.arange(size)
@@ -157,16 +156,12 @@ def _dense_identity(spec: GraphSpec, block: EdgeBlock) -> Tensor:
 
 
 def _components(nodes: int, pairs: Tensor) -> Tensor:
-    """Smallest node of the connected component of each node, by label propagation with pointer jumping."""
-    labels = torch.arange(nodes)
-    while True:
-        low = torch.minimum(labels[pairs[0]], labels[pairs[1]])
-        new = labels.scatter_reduce(0, pairs[0], low, "amin").scatter_reduce(0, pairs[1], low, "amin")
-        new = new.scatter_reduce(0, labels, new, "amin")  # hand the new label to the old root ...
-        new = torch.minimum(new, new[new])  # ... and jump
-        if torch.equal(new, labels):
-            return labels
-        labels = new
+    """Number of the connected component of each node, in the order of their first nodes."""
+    from scipy.sparse import coo_array  # takes a while to import
+    from scipy.sparse.csgraph import connected_components
+
+    joined = coo_array((torch.ones(pairs.shape[1]).numpy(), tuple(pairs.numpy())), (nodes, nodes))
+    return torch.from_numpy(connected_components(joined, directed=False)[1]).long()
 
 
 def _groups(spec: GraphSpec, channel: Tensor, channels: int) -> Tensor:
@@ -175,7 +170,7 @@ def _groups(spec: GraphSpec, channel: Tensor, channels: int) -> Tensor:
     made = {block.dst for index, block in enumerate(spec.blocks) if index in weights and block.form != "diagonal"}
     made |= {(group.start, group.size) for group in spec.groups if group.kind in MADE_ALIKE}
     pairs = [torch.stack([channel[start].expand(size), channel[start : start + size]]) for start, size in sorted(made)]
-    return _components(channels, torch.cat(pairs, dim=1)).unique(return_inverse=True)[1]
+    return _components(channels, torch.cat(pairs, dim=1))
 
 
 def _frozen(spec: GraphSpec, channel: Tensor, group: Tensor) -> dict[int, str]:

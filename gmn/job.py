@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gmn.bookmark import Bookmark
-from gmn.checkpoint import is_saved, load_model, save_model
+from gmn.checkpoint import load_model, save_model, saved_facts
 from gmn.data import Augment, Data, load_data
 from gmn.distributed import team
 from gmn.errors import GmnError
@@ -54,7 +54,7 @@ class Job:
     def keep(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         """The network saved under this name in the run folder; made and saved if it is not there yet."""
         folder = self.run.folder / name
-        if not is_saved(folder):
+        if saved_facts(folder) is None:
             with stage(self.run.log, "network", network=name):
                 model = make().eval()
             score = evaluate(model, self.data.val).accuracy

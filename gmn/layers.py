@@ -62,26 +62,20 @@ class MessageLayer(nn.Module):
         return nodes + update.T, token
 
 
-def update_of(weight: Tensor, bias: Tensor, in_degree: Tensor, out_degree: Tensor, *vectors: Tensor) -> Tensor:
+class _Update(Function):
     """[H, N]: what the aggregations of messages along and against the edges add to the nodes, together.
 
-    Args:
-        weight, bias: Of the linear layer on the statistics.
-        in_degree, out_degree: [N], messages along and against.
-        vectors: [H, N]: the receiver's factor, and the moments along and against, four each.
+    Its arguments are weight and bias of the linear layer on the statistics; [N] the numbers of messages along and
+    against; [H, N] the receiver's factor, and the moments along and against, four each. It keeps none of the forty
+    node vectors of a layer that it makes: they would be most of the memory.
     """
-    factor, *found = vectors
-    both = statistics(factor, found[:4], in_degree) + statistics(factor, found[4:], out_degree)
-    return torch.addmm(2 * bias[:, None], weight, both)
-
-
-class _Update(Function):
-    """`update_of`, which keeps none of its forty node vectors per layer: they would be most of the memory."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        return update_of(*tensors)
+        weight, bias, in_degree, out_degree, factor, *found = tensors
+        both = statistics(factor, found[:4], in_degree) + statistics(factor, found[4:], out_degree)
+        return torch.addmm(2 * bias[:, None], weight, both)
 
     @staticmethod
     @exact

@@ -6,13 +6,9 @@ messages and edge states of size E x H in every layer. torch-scatter is used by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
-from gmn.graph import EdgeBlock, block_edges
 from gmn.layers import MessageLayer
 
 
@@ -33,11 +29,6 @@ class PygMessagePassing(MessagePassing):
     ) -> Tensor:
         """[E, H]."""
         return factor_i * sent_j * edge_attr
-
-
-def edge_index_of(blocks: Sequence[EdgeBlock], device: torch.device) -> Tensor:
-    """[2, E]: source and target of every edge, the blocks one after the other."""
-    return torch.cat([block_edges(block) for block in blocks], dim=1).to(device)
 
 
 def forward_pyg(layer: MessageLayer, nodes: Tensor, e: Tensor, edge_index: Tensor) -> tuple[Tensor, Tensor]:

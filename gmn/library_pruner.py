@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from gmn.costs import Cost, cost
-from gmn.errors import PruningError, one_line
+from gmn.errors import PruningError, of_machine, one_line
 from gmn.graph import GraphSpec
 from gmn.groups import Couplings
 from gmn.limits import described, floors, kept_whole
@@ -95,6 +95,8 @@ def _one_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it raises whatever it met on its way
+        if of_machine(error):
+            raise
         raise PruningError("torch-pruning cannot follow the network", got=one_line(error), hint=LEAVE_OUT) from error
 
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from gmn.builder import Layout
 from gmn.checkpoint import (
-    is_readable,
     load_metanetwork,
+    load_sound,
     optimizer_tensors,
     restore_optimizer,
     save_metanetwork,
@@ -24,7 +24,7 @@ from gmn.costs import cost
 from gmn.criteria import Importance, refuse_no_loss
 from gmn.data import Data
 from gmn.distributed import team
-from gmn.errors import MALFORMED, CheckpointError, RecipeError, one_line
+from gmn.errors import MALFORMED, CheckpointError, RecipeError, of_machine, one_line
 from gmn.groups import couplings
 from gmn.learnt import Learnt, adopt, further, named
 from gmn.library_pruner import prune_with
@@ -154,7 +154,7 @@ class MetaJob(PruneJob):
     def _missing(self) -> Iterator[tuple[int, int]]:
         """Ranges of epochs without a sound checkpoint: the last one before, and the last of them."""
         epochs = self.recipe.meta_train.epochs
-        sound = [epoch for epoch in range(1, epochs + 1) if is_readable(self.checkpoint(epoch))]
+        sound = [epoch for epoch in range(1, epochs + 1) if load_sound(self.checkpoint(epoch))]
         gaps = [(start, end - 1) for start, end in pairwise([0, *sound]) if end - start > 1]
         for gap in gaps:
             self.run.forget()  # what is under way there is of a later epoch
@@ -197,6 +197,8 @@ class MetaJob(PruneJob):
             metanetwork.load_state_dict(saved.state_dict())
             restore_optimizer(optimizer, tensors)
         except MALFORMED as error:
+            if of_machine(error):
+                raise
             hint = "delete it, and the one before it is taken"
             raise CheckpointError("not of this run", got=one_line(error), where=str(path), hint=hint) from error
         say(f"meta-training goes on after epoch {epoch}")
@@ -229,7 +231,7 @@ class MetaJob(PruneJob):
         Checkpoint 0 is no metanetwork: it is measured for comparison and never chosen.
         """
         target = self.run.folder / METANETWORK_FILE
-        if not is_readable(target, "the checkpoint is chosen again"):
+        if load_sound(target, "the checkpoint is chosen again") is None:
             scores: dict[int, float] = {}
             epochs = [0, *self.checkpoints()]
             with track("choosing the checkpoint", len(epochs)) as advance:

@@ -88,6 +88,9 @@ class MetaNetwork(nn.Module):
             ConversionError: if the graph has other node features, or a kind of edge this metanetwork never learnt.
         """
         self.check(graph.spec)
+        if (got := graph.node_features.dtype) != (own := self.node_encoder.weight.dtype):
+            hint = "model.float() before the graph is made"
+            raise ConversionError("a graph of other numbers", expected=str(own), got=str(got), hint=hint)
         with torch.autocast(graph.node_features.device.type, enabled=False):
             return self._rewritten(graph)
 
@@ -122,11 +125,11 @@ class MetaNetwork(nn.Module):
     def _by_edges(
         self, graph: NetworkGraph, nodes: Tensor, changes: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        from gmn.layers_pyg import edge_index_of, forward_pyg  # torch-geometric takes seconds to import
+        from gmn.layers_pyg import forward_pyg  # torch-geometric takes seconds to import
 
         blocks, shapes = graph.spec.blocks, [f.shape[:3] for f in graph.edge_features]
         encoded = [self.edge_encoders[b.kind](e) for b, e in zip(blocks, graph.edge_features, strict=True)]
-        edge_index, edges = edge_index_of(blocks, nodes.device), torch.cat([e.flatten(0, 2) for e in encoded])
+        edge_index, edges = graph.spec.edge_index().to(nodes.device), torch.cat([e.flatten(0, 2) for e in encoded])
         del encoded
         for layer in self.layers:
             assert isinstance(layer, MessageLayer)

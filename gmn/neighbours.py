@@ -17,7 +17,7 @@ from gmn.errors import CheckpointError, GmnError
 from gmn.guard import Pieces
 from gmn.measures import groups_of_five
 from gmn.progress import say
-from gmn.similarity import Similarity, TaskView, rank
+from gmn.similarity import Similarity, TaskView, scored
 from gmn.state_dict import checksum
 from gmn.zoo import Task, Zoo
 
@@ -75,7 +75,7 @@ def ranking(
         try:  # the file is read even where names are compared: a damaged one must not vote
             view = search.neighbour(task)
             view = view if similarity.reads_images else search.view(task.class_names)
-            ((_, scores[task.name]),) = rank(similarity, target, [view])
+            scores[task.name] = scored(similarity, target, view)
         except CheckpointError as error:
             say(f"skipped {task.name}: {error}")
     names = sorted(scores, key=lambda name: -scores[name])  # stable: of equal scores the earlier task first

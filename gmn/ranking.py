@@ -159,7 +159,8 @@ def mask_steps(
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    """Copies to rank by, at least in single precision: half of it makes ties of different channels."""
+    return {n: t.detach().to("cpu", torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
 
 
 def _lowest(scores: Tensor, candidates: Tensor, group: Tensor, floor: Tensor, count: int) -> list[int]:
@@ -200,7 +201,7 @@ def _with_multiples(keep: Tensor, gone: list[int], group: Tensor, round_to: int)
 def refuse_whole(coupled: Couplings) -> None:
     """Raise PruningError, with the reasons, if every channel must stay."""
     if not bool(coupled.prunable.any()):
-        raise nothing_to_prune(coupled)
+        raise PruningError("nothing can be pruned", hint=f"all channels must stay: {_whole(coupled)}")
 
 
 def refuse_nothing(coupled: Couplings, ratio: float) -> None:
@@ -213,18 +214,12 @@ def refuse_nothing(coupled: Couplings, ratio: float) -> None:
         raise PruningError("nothing would be pruned", expected=expected, got=f"{ratio:g}")
 
 
-def nothing_to_prune(coupled: Couplings) -> PruningError:
-    """The error that every channel must stay, with the reasons."""
-    return PruningError("nothing can be pruned", hint=f"all channels must stay: {_whole(coupled)}")
-
-
 def _whole(coupled: Couplings) -> str:
     return "; ".join(sorted(set(coupled.frozen.values())))
 
 
 def _out_of_reach(coupled: Couplings, config: Prune, before: Cost, smallest: Cost) -> PruningError:
-    if not bool(coupled.prunable.any()):
-        return nothing_to_prune(coupled)
+    refuse_whole(coupled)
     return PruningError(
         "the target speed-up is out of reach",
         expected=config.goal,

@@ -97,10 +97,10 @@ class _Reader:
         elif rule is None:
             result = None
         else:
-            result = rule(call) if callable(rule) else self._encode(rule, op, call)
+            result = rule(call) if callable(rule) else self._encode(rule, call)
         self._bind(op, call, self._unknown(op, call) if result is None else result)
 
-    def _encode(self, rule: Converter, op: Op, call: Call) -> Any:
+    def _encode(self, rule: Converter, call: Call) -> Any:
         """A module by its rule; a subclass may have parameters of its own that the rule does not know."""
         result = rule.encode(call)
         own = {name for name, _ in call.module.named_parameters()}
@@ -136,6 +136,8 @@ class _Reader:
         args, kwargs = tree_map(self._look_up, op.args), tree_map(self._look_up, op.kwargs)
         if op.func is None and not any(isinstance(leaf, Flow) for leaf in tree_flatten((args, kwargs))[0]):
             args, kwargs = tree_map(_plain, args), tree_map(_plain, kwargs)  # a layer that reads constants alone
+        if op.func is not None and not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         return Call(
             name=op.module,
             module=self.modules[op.module],
@@ -216,8 +218,9 @@ def _flips(op: Op) -> bool:
     """Whether a reshape of a matrix is its transpose."""
     if op.name == "__get__":
         return op.func in (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
-    swaps = op.name in ("transpose", "swapaxes", "swapdims") and op.args[1] % 2 != op.args[2] % 2
-    return swaps or op.name == "t" or (op.name == "permute" and op.args[1:] in ((1, 0), ([1, 0],), ((1, 0),)))
+    axes = [arg for arg in (*op.args[1:], *op.kwargs.values()) if not isinstance(arg, (Ref, Tensor))]
+    swaps = op.name in ("transpose", "swapaxes", "swapdims") and axes[0] % 2 != axes[1] % 2
+    return swaps or op.name == "t" or (op.name == "permute" and axes in ([1, 0], [[1, 0]], [(1, 0)]))
 
 
 def _plain(leaf: Any) -> Any:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gmn.baselines import DIGEST, digest
 from gmn.bench_report import markdown
-from gmn.checkpoint import is_readable, load_metanetwork, save_text
+from gmn.checkpoint import load_metanetwork, load_sound, save_text
 from gmn.compare import summarise, tables_of
 from gmn.progress import say
 from gmn.run import METANETWORK_FILE
@@ -179,6 +179,6 @@ def show(report: dict[str, Any], folder: Path, console: Console | None = None) -
 def _say_outdated(report: dict[str, Any], folder: Path) -> None:
     """Warn where the run has another metanetwork by now: table and page stay those of the report."""
     path, before = folder / METANETWORK_FILE, report.get(DIGEST)
-    if before and is_readable(path, "the report is shown as it is") and digest(load_metanetwork(path)[0]) != before:
+    if before and load_sound(path, "the report is shown as it is") and digest(load_metanetwork(path)[0]) != before:
         hint = "gmn meta-train ... --resume makes its rows and the report again"
         say(f"warning: the report is of another metanetwork than the run has now (gmn select --use); {hint}")

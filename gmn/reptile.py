@@ -33,7 +33,7 @@ from gmn.scores import Norm
 from gmn.settings import Fit
 from gmn.settings_vote import Reptile
 from gmn.surgery import remove
-from gmn.tasks import task_data, with_layer
+from gmn.tasks import task_data, with_head
 from gmn.trace import clone
 from gmn.training import Metrics, fit
 from gmn.zoo_task import Task
@@ -123,7 +123,7 @@ class _Meta:
 
     def learner(self, classes: int, seed: int) -> nn.Module:
         """A copy with a new head, which does not hear the silent units either."""
-        learner = with_layer(self.model, self.backbone.head, classes, seed=seed)
+        learner = with_head(self.model, self.backbone.head, classes, seed=seed)
         self._silence(learner, of_head=True)
         return learner
 

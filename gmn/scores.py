@@ -63,6 +63,13 @@ class Score(ABC):
         return scores
 
 
+def refuse_no_gradients(score: Score, gradients: Tensors | None) -> None:
+    """Raise PruningError if a score reads gradients and there are none."""
+    if score.needs_gradients and gradients is None:
+        hint = "pass data=, whose training images they are taken on, or gmn.loss_gradients(...)"
+        raise PruningError(f"the criterion {score.name!r} needs gradients", got="none", hint=hint)
+
+
 class Elementwise(Score):
     """Scores that are sums of one energy per weight."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -98,7 +98,7 @@ def register_similarity(name: str) -> Callable[[type[AnySimilarity]], type[AnySi
     """
 
     def register(measure: type[AnySimilarity]) -> type[AnySimilarity]:
-        if not issubclass(measure, Similarity):
+        if not (isinstance(measure, type) and issubclass(measure, Similarity)):
             raise GmnError("only a Similarity can be registered", got=repr(measure))
         known = _SIMILARITIES.get(name)
         # a module that is loaded again, as in a notebook, may register its own class again
@@ -210,18 +210,13 @@ class Leep(Similarity):
         return leep(neighbour.predict(target), target.labels)
 
 
-def rank(similarity: Similarity, target: TaskView, neighbours: Sequence[TaskView]) -> list[tuple[int, float]]:
-    """(index, score) of every neighbour, the nearest first; of equal scores the earlier neighbour first.
+def scored(similarity: Similarity, target: TaskView, neighbour: TaskView) -> float:
+    """The similarity of two tasks, which is a number; GmnError if it is NaN, or a task lacks what the measure reads.
 
-    Raises:
-        GmnError: A task lacks what the measure compares, or a score is NaN.
-
-    >>> tasks = [TaskView(("bus", "cup")), TaskView(("bear", "bee")), TaskView(("bear", "cup"))]
-    >>> rank(SharedClasses(), TaskView(("bear", "cup")), tasks)
-    [(2, 2.0), (0, 1.0), (1, 1.0)]
+    >>> scored(SharedClasses(), TaskView(("bear", "cup")), TaskView(("bear", "bee")))
+    1.0
     """
-    scores = [float(similarity.score(target, neighbour)) for neighbour in neighbours]
-    for index, score in enumerate(scores):
-        if math.isnan(score):
-            raise GmnError(f"the similarity {similarity.name!r} is NaN", where=f"neighbour {index}")
-    return sorted(enumerate(scores), key=lambda scored: -scored[1])  # sorted is stable: ties keep their order
+    score = float(similarity.score(target, neighbour))
+    if math.isnan(score):
+        raise GmnError(f"the similarity {similarity.name!r} is NaN")
+    return score

@@ -8,15 +8,17 @@ tensors (`out_channels`, `normalized_shape`, ...) have to be known by type.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gmn.errors import PruningError
+from gmn.errors import MALFORMED, PruningError, of_machine, one_line
 from gmn.graph import GraphSpec, group_of
 from gmn.groups import Couplings, KeepMask, couplings
 from gmn.heads import head_owner, set_heads
@@ -117,13 +119,31 @@ def _sync_conv(conv: _ConvNd) -> None:
 
 def _prove(model: nn.Module, example_inputs: Any) -> None:
     args, kwargs = split_inputs(example_inputs)
-    with evaluation(model), torch.no_grad():
+    with evaluation(model), _sizes_noted(model), torch.no_grad():
         try:
             model(*args, **kwargs)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            message = str(error).strip().split("\n")[0]
+        except (*MALFORMED, AssertionError) as error:
+            if of_machine(error):
+                raise
             hint = "a size written in its code, such as view(-1, 1024)? flatten(1) follows the channels"
-            raise PruningError("the pruned network does not run", got=message, hint=hint) from error
+            raise PruningError("the pruned network does not run", got=one_line(error), hint=hint) from error
+
+
+@contextmanager
+def _sizes_noted(model: nn.Module) -> Iterator[None]:
+    """Instance norms that own no tensor learn from what they read how many channels there are by now."""
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, _InstanceNorm)
+        module.num_features = args[0].shape[-module._get_no_batch_dim()]
+
+    norms = [m for m in model.modules() if isinstance(m, _InstanceNorm) and not m.affine and m.running_mean is None]
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def settled(model: nn.Module, spec: GraphSpec, example_inputs: Any) -> Couplings:

@@ -6,12 +6,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gmn.convert import to_graph
 from gmn.data import Data, Split
 from gmn.errors import DataError, NetworkError
 from gmn.graph import GraphSpec
@@ -81,17 +79,12 @@ def _of_classes(split: Split, number: Tensor) -> Split:
     return dataclasses.replace(subset, labels=labels[labels >= 0])
 
 
-def with_head(model: nn.Module, example_inputs: Any, classes: int, *, seed: int) -> nn.Module:
-    """A copy of a network whose last linear layer is a new one for so many classes.
+def with_head(model: nn.Module, name: str, classes: int, *, seed: int) -> nn.Module:
+    """A copy of a network whose head, the linear layer of that name, is a new one for so many classes.
 
     Raises:
-        NetworkError: if the output does not come from one linear layer.
+        NetworkError: if it is no linear layer.
     """
-    return with_layer(model, head_of(to_graph(model, example_inputs).spec), classes, seed=seed)
-
-
-def with_layer(model: nn.Module, name: str, classes: int, *, seed: int) -> nn.Module:
-    """A copy of a network whose head, which is called so, is a new one for so many classes; errors as `with_head`."""
     copy = clone(model)
     old = copy.get_submodule(name)
     if not isinstance(old, nn.Linear):

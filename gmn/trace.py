@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from gmn.errors import ConversionError
+from gmn.errors import MALFORMED, ConversionError, of_machine, one_line
 from gmn.records import Op, Ref, Trace
 from gmn.trace_export import trace_export
 
@@ -47,12 +47,14 @@ def trace(model: nn.Module, example_inputs: Any, is_leaf: Callable[[nn.Module], 
         try:
             with recorder:
                 result = model(*args, **kwargs)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except (*MALFORMED, AssertionError) as error:
+            if of_machine(error):
+                raise
             shapes = ", ".join(str(tuple(t.shape)) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
             raise ConversionError(
                 f"{type(model).__name__} does not run on the example inputs",
                 got=f"input shape {shapes}",
-                hint=str(error).strip().split("\n")[0],
+                hint=one_line(error),
             ) from error
     if recorder.inside:
         return trace(model, example_inputs, lambda module: is_leaf(module) and module not in recorder.inside)
@@ -96,7 +98,7 @@ def clone(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, shared)  # scripted functions hold no numbers, and cannot be copied
     except (TypeError, RuntimeError, AttributeError, pickle.PickleError) as error:
-        raise ConversionError("the network cannot be copied", got=str(error).split("\n")[0]) from error
+        raise ConversionError("the network cannot be copied", got=one_line(error)) from error
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,6 +31,7 @@ from gmn.guard import Metrics, Pieces
 from gmn.loop import run_epochs
 from gmn.replicas import averaged_over_processes, replicated
 from gmn.settings import Fit
+from gmn.trace import evaluation
 from gmn.weight_masks import WeightMask
 
 
@@ -44,11 +45,9 @@ class Evaluation:
 
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: int | None = None) -> Evaluation:
     """Accuracy and loss of a network on a split, in eval mode; its modes are restored."""
-    training = model.training
-    model.eval()
     right, loss, count = 0, 0.0, 0
     pieces = Pieces("evaluation", batch_size)
-    with torch.no_grad():
+    with evaluation(model), torch.no_grad():
         for images, labels in split.sample(limit).batches(batch_size, parts=team().parts([batch_size])):
             if not len(labels):
                 continue  # all images of the last batch are other processes'
@@ -56,7 +55,6 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, limit: in
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             count += len(labels)
-    model.train(training)
     loss, right, count = team().total(loss, right, count)
     return Evaluation(right / count, loss / count)
 

@@ -28,7 +28,7 @@ from gmn.data import Augment, Data
 from gmn.errors import GmnError
 from gmn.groups import KeepMask
 from gmn.settings import Fit
-from gmn.tasks import task_data, with_layer
+from gmn.tasks import task_data, with_head
 from gmn.training import evaluate, fit
 from gmn.vote import draw
 from gmn.vote_job import VoteJob
@@ -177,7 +177,7 @@ def _random(job: VoteJob, trial: Trial, task: Task) -> Begun:
 
 def _reptile(job: VoteJob, trial: Trial, task: Task) -> Begun:
     seed = _seed(job, trial, task)
-    model = with_layer(job.reptile_network, job.backbone.head, len(task.classes), seed=seed)
+    model = with_head(job.reptile_network, job.backbone.head, len(task.classes), seed=seed)
     return Begun(trial, task, seed, model, _tuning(job, trial))
 
 

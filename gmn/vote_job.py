@@ -11,7 +11,7 @@ from torch import nn
 
 from gmn.api import NETWORK, load_meta, load_network
 from gmn.backbone import Backbone, cut_inside
-from gmn.checkpoint import is_saved, load_model
+from gmn.checkpoint import load_model, saved_facts
 from gmn.costs import cost
 from gmn.data import Data
 from gmn.engine import HERE, Engine
@@ -183,7 +183,7 @@ class VoteJob(Job):
     def reptile_network(self) -> nn.Module:
         """The pruned meta-initialisation of the baseline, learnt on the zoo's tasks once."""
         folder = self.folder / REPTILE
-        if not is_saved(folder):
+        if saved_facts(folder) is None:
             if self.foreign:
                 expected, hint = "a run of gmn meta-train with that baseline", "leave reptile out of report.baselines"
                 got = str(self.folder)

@@ -13,7 +13,7 @@ from gmn.groups import KeepMask
 from gmn.masks import entries
 from gmn.settings import Fit
 from gmn.surgery import remove
-from gmn.tasks import with_layer
+from gmn.tasks import with_head
 from gmn.trace import clone
 from gmn.training import fit
 from gmn.vote import TEMPERATURE, Ties, average, vote
@@ -77,7 +77,7 @@ def cut_out(backbone: Backbone, state: Mapping[str, Tensor], mask: KeepMask, cla
     full = clone(backbone.model)
     full.load_state_dict(state)
     smaller = remove(full, backbone.spec, mask, backbone.example, coupled=backbone.coupled)
-    return with_layer(smaller, backbone.head, classes, seed=seed)
+    return with_head(smaller, backbone.head, classes, seed=seed)
 
 
 def _with_own_head(

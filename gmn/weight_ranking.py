@@ -17,7 +17,7 @@ from gmn.graph import GraphSpec, NetworkGraph
 from gmn.groups import KeepMask
 from gmn.limits import asked, meant
 from gmn.ranking import Pruned, prune_to
-from gmn.scores import Elementwise, Random, make_score
+from gmn.scores import Elementwise, Random, make_score, refuse_no_gradients
 from gmn.settings import Criterion, Prune
 from gmn.trace import clone
 from gmn.weight_masks import WeightMask, most, n_of_m, parameters_left, reasons, unstructured
@@ -196,10 +196,9 @@ def weight_scores(
         chance = torch.Generator().manual_seed(criterion.seed or 0)
         return {name: torch.rand(w.shape, generator=chance).to(w.device) for name, w in weights.items()}
     if not isinstance(score, Elementwise) or score.reads == "norms":
-        expected, got = "norm, taylor, random or a gmn.Elementwise", f"criterion.score {criterion.score}"
+        expected, got = "norm, taylor, random or a gmn.scores.Elementwise", f"criterion.score {criterion.score}"
         raise PruningError("the criterion does not score single weights", expected=expected, got=got)
-    if score.needs_gradients and gradients is None:
-        raise PruningError(f"the criterion {score.name!r} needs gradients", got="none", hint="pass data=")
+    refuse_no_gradients(score, gradients)
     own = gradients or {}
     energies = {name: score.energy(weight, own.get(name)) for name, weight in weights.items()}
     for name, energy in energies.items():

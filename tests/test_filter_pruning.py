@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -207,3 +208,23 @@ def test_small_layers_reach_their_ratio_too(interval: int, ratio: float, left: i
     shrunk = filter_prune(small(Residual(16), width=16), task(), config, example(), ratio=ratio)
     assert shrunk.model[0].out_channels == left
     assert [m.out_channels for m in shrunk.model.modules() if isinstance(m, nn.Conv2d)] == [left] * 3
+
+
+def test_units_without_a_module_of_their_own_are_refused() -> None:
+    """The heads of a fused q, k and v have no activation that is theirs; gradients score them."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=3)
+    with pytest.raises(PruningError, match=r"without an activation to score: in blocks.0.attn.*score: taylor"):
+        filter_prune(model, task(), FilterPruning(**QUICK), example(), ratio=0.5)
+    shrunk = filter_prune(model, task(), FilterPruning(**{**QUICK, "score": "taylor"}), example(), ratio=0.5)
+    assert 0 < int(shrunk.keep.keep.sum()) < len(shrunk.keep.keep)
+
+
+def test_channels_are_last_behind_a_linear_layer() -> None:
+    """Eight tokens of eight channels: what counts is the mean of a channel, not of a token."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4)).eval()
+    tokens = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1))
+    spec = to_graph(model, tokens).spec
+    batches = [(tokens, torch.zeros(3, dtype=torch.long))]
+    scores = gmn.filter_pruning._activation(model, spec, couplings(spec), batches, Pieces("scores", 3))
+    expected = 3 * F.relu(model[0](tokens)).mean((0, 1))
+    assert torch.allclose(scores[8:16], expected.detach())

@@ -106,7 +106,7 @@ def test_a_whole_step_and_a_whole_network_are_plain_training(
     config = Reptile(rounds=1, iterations=4, step=1.0, lr=0.02, batch_size=16)
     found = reptile(backbone, digits, tasks[:1], config, ratio=1e-6, seed=2)
     seed = 2 * 10007
-    plain = with_head(backbone.model, backbone.example, len(tasks[0].classes), seed=seed)
+    plain = with_head(backbone.model, backbone.head, len(tasks[0].classes), seed=seed)
     steps = Fit(epochs=1, iterations=4, lr=0.02, batch_size=16)
     fit(plain, task_data(digits, tasks[0].classes).train, steps, seed=seed)
     state = found.model.state_dict()
@@ -163,7 +163,7 @@ def test_a_round_starts_from_the_cut_network(
     starts = instead_of_fit(monkeypatch, left_as_it_was)
     found = reptile(backbone, digits, tasks[1:2], SHORT, ratio=0.5)
     heard = found.keep.keep[filters(backbone, "layer3.0.conv2")]
-    cut = with_head(found.model, backbone.example, 3, seed=0)
+    cut = with_head(found.model, backbone.head, 3, seed=0)
     with torch.no_grad():
         head = starts[1].get_submodule("linear")
         cut.get_submodule("linear").weight.copy_(head.weight[:, heard])
@@ -251,7 +251,7 @@ def test_it_is_a_better_start_than_a_random_part(backbone: Backbone, digits: Dat
 
     def accuracy(model: nn.Module, task: Task) -> float:
         own = task_data(digits, task.classes)
-        tuned = with_head(model, backbone.example, 3, seed=0)
+        tuned = with_head(model, backbone.head, 3, seed=0)
         fit(tuned, own.train, Fit(epochs=1, iterations=5, lr=0.01, batch_size=32), seed=0)
         return evaluate(tuned, own.val).accuracy
 

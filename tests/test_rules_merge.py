@@ -341,3 +341,47 @@ def test_sums_over_letters_with_parameters_are_carried() -> None:
     assert any("(einsum), which has no rule" in why for why in reasons(graph, "a"))
     with pytest.raises(ConversionError, match=r"calls einsum with the parameters w"):
         to_graph(model, TOKENS, on_unknown="error")
+
+
+def vector(m: Any, x: Tensor) -> Tensor:
+    return m.a(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("by_keyword", "by_position"),
+    [
+        (
+            lambda m, x: m.out(F.conv2d(input=m.a(x), weight=m.w)),
+            lambda m, x: m.out(F.conv2d(m.a(x), m.w)),
+        ),
+        (
+            lambda m, x: m.out(torch.addcmul(input=m.g, tensor1=m.g, tensor2=m.a(x))),
+            lambda m, x: m.out(torch.addcmul(m.g, m.g, m.a(x))),
+        ),
+        (
+            lambda m, x: m.head(torch.matmul(input=vector(m, x), other=m.v.T)),
+            lambda m, x: m.head(vector(m, x) @ m.v.T),
+        ),
+        (
+            lambda m, x: m.head(vector(m, x) @ m.v.transpose(dim0=0, dim1=1)),
+            lambda m, x: m.head(vector(m, x) @ m.v.transpose(0, 1)),
+        ),
+        (
+            lambda m, x: m.head(vector(m, x) @ m.v.permute(dims=(1, 0))),
+            lambda m, x: m.head(vector(m, x) @ m.v.permute(1, 0)),
+        ),
+        (
+            lambda m, x: m.head(F.linear(input=vector(m, x), weight=m.v)),
+            lambda m, x: m.head(F.linear(vector(m, x), m.v)),
+        ),
+    ],
+)
+def test_arguments_by_keyword(by_keyword: Callable[..., Any], by_position: Callable[..., Any]) -> None:
+    """The same graph as by position: every parameter of the calls lies in it."""
+
+    def graph(run: Callable[..., Any]) -> NetworkGraph:
+        own = {"w": learnt(6, 6, 1, 1), "g": learnt(6, 1, 1), "v": learnt(6, 6)}
+        return to_graph(made(run, a=conv(3, 6), out=conv(6, 2), head=nn.Linear(6, 2), **own), IMAGES)
+
+    assert blocks(graph(by_keyword)) == blocks(graph(by_position))
+    assert graph(by_keyword).spec.carried == graph(by_position).spec.carried

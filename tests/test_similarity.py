@@ -24,8 +24,8 @@ from gmn.similarity import (
     SharedParents,
     Similarity,
     TaskView,
-    rank,
     register_similarity,
+    scored,
     similarity_by_name,
 )
 
@@ -271,14 +271,12 @@ def test_a_view_checks_its_parts(classes: tuple[str, ...], parts: dict[str, obje
         TaskView(classes, **parts)  # type: ignore[arg-type]
 
 
-def test_rank_keeps_the_order_of_ties_and_refuses_nan() -> None:
-    tasks = [TaskView((name,)) for name in ("c", "a", "b", "a2")]
-
+def test_a_score_that_is_nan_is_refused() -> None:
     class Letter(Similarity):
         def score(self, target: TaskView, neighbour: TaskView) -> float:
-            return {"a": 1.0, "b": 2.0, "c": 1.0}.get(neighbour.classes[0], math.nan)
+            return {"a": 1.0}.get(neighbour.classes[0], math.nan)
 
-    assert rank(Letter(), tasks[0], tasks[:3]) == [(2, 2.0), (0, 1.0), (1, 1.0)]
-    assert rank(Letter(), tasks[0], []) == []
-    with pytest.raises(GmnError, match="is NaN: in neighbour 3"):
-        rank(Letter(), tasks[0], tasks)
+    task = TaskView(("a",))
+    assert scored(Letter(), task, task) == 1.0
+    with pytest.raises(GmnError, match=r"the similarity '.*' is NaN"):
+        scored(Letter(), task, TaskView(("b",)))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo import FlatVGG, Residual, graph_of, network, pruned, randomise, small
 
 from gmn.address import positions
+from gmn.api import prune
 from gmn.convert import to_graph
 from gmn.costs import cost
 from gmn.criteria import Importance
@@ -326,3 +327,61 @@ def test_counting_leaves_the_model_alone() -> None:
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_flops_of_inputs_in_containers() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, bias=False)
+
+        def forward(self, inputs: dict[str, Tensor], scale: Tensor | None = None) -> Tensor:
+            return self.conv(inputs["x"]) * (1 if scale is None else scale)
+
+    images, expected = {"x": torch.zeros(5, 3, 8, 8)}, 3 * 4 * 9 * 6 * 6
+    assert cost(Nested(), (images,)).flops == expected
+    assert cost(Nested(), {"scale": torch.tensor(2.0), "inputs": images}).flops == expected
+
+
+def test_counting_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    cost(nn.Linear(3, 4), {"input": torch.zeros(1, 3)})
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("table", [{16: 0.5}, [0.5]])
+def test_a_size_that_the_code_looks_up_stays(table: Any) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).relu()
+            x = x * (table[x.shape[1]] if isinstance(table, dict) else table[16 - x.shape[1]])
+            return self.c(self.b(x).relu())
+
+    small = prune(Table(), torch.zeros(1, 8), speed_up=1.2).model
+    assert small.a.out_features == 16
+    assert small.b.out_features < 12
+
+
+def test_an_instance_norm_without_numbers_of_its_own_knows_its_width() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.InstanceNorm2d(16), nn.Conv2d(16, 2, 3))
+    spec = to_graph(model, IMAGES).spec
+    keep = torch.ones(spec.num_nodes, dtype=torch.bool)
+    keep[3:7] = False
+    smaller = remove(model, spec, KeepMask(keep), IMAGES)
+    assert (smaller[0].out_channels, smaller[1].num_features) == (12, 12)  # type: ignore[index]
+    assert not any(module._forward_pre_hooks for module in smaller.modules())
+    assert model[1].num_features == 16
+
+
+def test_half_precision_ranks_as_single_does() -> None:
+    model = small(Residual(16), width=16)
+    spec = to_graph(model, IMAGES).spec
+
+    def last(state: dict[str, Tensor]) -> Tensor:
+        return list(mask_steps(state, spec, couplings(spec), Prune(speed_up=2.0, steps=10)))[5].keep
+
+    halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    assert torch.equal(last(halves), last({name: tensor.float() for name, tensor in halves.items()}))

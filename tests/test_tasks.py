@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from zoo import network, small
 
+from gmn.convert import to_graph
 from gmn.data import load_data
 from gmn.errors import DataError, NetworkError
-from gmn.tasks import sample_tasks, task_data, with_head
+from gmn.tasks import head_of, sample_tasks, task_data, with_head
 
 NAMES = [f"class {n}" for n in range(10)]
 
@@ -51,21 +52,25 @@ def test_the_data_of_a_task() -> None:
         task_data(data, (1, 10))
 
 
+def renewed(model: nn.Module, x: torch.Tensor, classes: int, seed: int) -> nn.Module:
+    return with_head(model, head_of(to_graph(model, x).spec), classes, seed=seed)
+
+
 def test_a_head_for_a_task() -> None:
     model, x = network("resnet20B")
-    new = with_head(model, x, 3, seed=1)
+    new = renewed(model, x, 3, 1)
     assert new(x).shape == (1, 3)
     assert model(x).shape == (1, 10)
     before, after = model.state_dict(), new.state_dict()
     assert [n for n in before if not torch.equal(before[n], after[n])] == ["linear.weight", "linear.bias"]
-    assert torch.equal(with_head(model, x, 3, seed=1).linear.weight, new.linear.weight)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(renewed(model, x, 3, 1).linear.weight, new.linear.weight)  # type: ignore[union-attr, arg-type]
     vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2)
-    assert with_head(vit.eval(), torch.zeros(1, 3, 16, 16), 4, seed=0).head.out_features == 4  # type: ignore[union-attr]
+    assert renewed(vit.eval(), torch.zeros(1, 3, 16, 16), 4, 0).head.out_features == 4  # type: ignore[union-attr]
 
 
 def test_a_network_without_a_head() -> None:
     with pytest.raises(NetworkError, match="no head to replace: expected a linear layer; got Conv2d; in 1"):
-        with_head(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 4, 4), 3, seed=0)
+        renewed(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 4, 4), 3, 0)
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -76,4 +81,4 @@ def test_a_network_without_a_head() -> None:
             return self.body(x), self.other(x.mean((2, 3)))
 
     with pytest.raises(NetworkError, match="expected an output made by the last layer alone"):
-        with_head(Two(), torch.zeros(1, 3, 8, 8), 3, seed=0)
+        renewed(Two(), torch.zeros(1, 3, 8, 8), 3, 0)

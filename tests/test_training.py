@@ -112,8 +112,10 @@ def test_recalibration_sees_what_training_sees() -> None:
 
 def test_evaluation_restores_the_mode() -> None:
     network = small_network().train()
+    next(network.children()).eval()
+    modes = [module.training for module in network.modules()]
     evaluate(network, dark_and_bright())
-    assert network.training
+    assert [module.training for module in network.modules()] == modes
 
 
 def test_recalibration_is_deterministic_and_drops_a_single_last_image() -> None:

@@ -81,7 +81,7 @@ def test_every_task_is_pruned_once_and_stored(zoo: Zoo, backbone: Backbone, digi
         own = task_data(digits, task.classes)
         assert evaluate(model, own.val).accuracy == task.metrics["accuracy"] > 0.6
         assert sum(p.numel() for p in model.parameters()) == task.parameters
-        head = with_head(backbone.model, backbone.example, 3, seed=0)
+        head = with_head(backbone.model, backbone.head, 3, seed=0)
         assert task.parameters < 0.4 * sum(p.numel() for p in head.parameters())
         assert zoo.load_extra(task.name)["prototypes"].shape == (3, 64)
 
@@ -139,7 +139,7 @@ def test_a_vote_starts_from_its_neighbours(zoo: Zoo, backbone: Backbone, digits:
     voted, _ = vote_for(backbone, zoo, names, data, few, ratio=0.5, seed=0)
     torch.manual_seed(1)
     fresh = build_network("cifar.resnet8", num_classes=10, in_channels=1, options={"shortcut": "B"})
-    nowhere = with_head(remove(fresh, backbone.spec, mask, backbone.example), backbone.example, 3, seed=0)
+    nowhere = with_head(remove(fresh, backbone.spec, mask, backbone.example), backbone.head, 3, seed=0)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in nowhere.parameters())
     fit(nowhere, data.train, few, seed=0)
     assert evaluate(voted, data.val).accuracy > evaluate(nowhere, data.val).accuracy + 0.2

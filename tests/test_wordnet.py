@@ -18,7 +18,7 @@ import pytest
 
 from gmn import similarity, wordnet
 from gmn.errors import GmnError
-from gmn.similarity import TaskView, WordNet, rank
+from gmn.similarity import TaskView, WordNet, scored
 
 SHARED = Path(os.environ.get("GMN_SHARED", str(Path(__file__).parents[2] / "shared")))
 # An ancestor for the classes of each parent class of CIFAR-100: a sense outside it would be the wrong one.
@@ -165,8 +165,8 @@ def test_the_nearest_tasks_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
     measure, target = WordNet(), TaskView(("tiger", "oak_tree", "bus"))
     names = ("cup", "road", "sea"), ("bus", "tiger", "oak_tree"), ("lion", "pine_tree", "train")
     views = [TaskView(classes) for classes in names]
-    ranked = rank(measure, target, views * 10)
-    assert [index for index, _ in ranked[::10]] == [1, 2, 0]
-    assert ranked[0][1] == 1.0
+    scores = [scored(measure, target, view) for view in views * 10]
+    assert scores[0] < scores[2] < scores[1] == 1.0
+    assert scores == scores[:3] * 10
     assert len(calls) == len({frozenset(pair) for pair in calls}) <= 27
     assert pickle.loads(pickle.dumps(measure)).score(target, views[2]) == measure.score(target, views[2])

@@ -21,12 +21,13 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 
 import pytest
+import safetensors
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from made_runs import CNN, built, call
 
 from gmn import checkpoint, pipeline, processes, report
-from gmn.checkpoint import is_saved, load_json, load_tensors, save_json, save_model, save_tensors
+from gmn.checkpoint import load_json, load_sound, load_tensors, save_json, save_model, save_tensors, saved_facts
 from gmn.errors import CheckpointError, GmnError, TrainingError
 from gmn.exits import Stopped, verdict
 from gmn.jsonl import append_line, read_lines
@@ -52,13 +53,13 @@ def test_a_changed_byte_is_noticed(tmp_path: Path, place: int) -> None:
 def test_a_damaged_network_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for number in (0, 1):
         save_model(tmp_path / str(number), built(CNN, number), CNN)
-    assert is_saved(tmp_path / "0")
-    assert not is_saved(tmp_path / "2")
+    assert saved_facts(tmp_path / "0") is not None
+    assert saved_facts(tmp_path / "2") is None
     assert capfd.readouterr().err == ""
     (tmp_path / "0" / "model.json").write_bytes((tmp_path / "1" / "model.json").read_bytes())
-    assert not is_saved(tmp_path / "0")
+    assert saved_facts(tmp_path / "0") is None
     os.truncate(tmp_path / "1" / "weights.safetensors", 5000)
-    assert not is_saved(tmp_path / "1")
+    assert saved_facts(tmp_path / "1") is None
     said = capfd.readouterr().err
     assert "warning: model.json is not of these weights" in said
     assert "it is made again" in said
@@ -68,7 +69,7 @@ def test_networks_of_an_older_gmn_have_no_checksum(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(checkpoint, "checksum", lambda *_: None)
     save_model(tmp_path, built(CNN), CNN)
     monkeypatch.undo()
-    assert is_saved(tmp_path)
+    assert saved_facts(tmp_path) is not None
 
 
 def holder(folder: Path) -> subprocess.Popen[str]:
@@ -261,3 +262,27 @@ def test_a_visit_leaves_what_is_under_way(tmp_path: Path) -> None:
         with Run(tmp_path / "run", "recipe", resume=True, visits=True) as run:
             run.start()
         assert state.is_file() is not finished
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("DefaultCPUAllocator: no memory")]
+)
+def test_a_failing_machine_damages_no_file(tmp_path: Path, failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk or memory that fails says nothing of what is in a file: it is not made again, the command ends."""
+    save_model(tmp_path, built(CNN), CNN)
+
+    def failing(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(safetensors, "safe_open", failing)
+    with pytest.raises(type(failure)):
+        saved_facts(tmp_path)
+    with pytest.raises(type(failure)):
+        load_sound(tmp_path / "weights.safetensors")
+
+
+def test_a_file_that_may_not_be_read_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with pytest.raises(PermissionError):
+        load_json(tmp_path / "a.json")
