@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,8 @@ def _elected(
     if own.keys() != theirs.keys() or not all(torch.equal(own[name].cpu(), theirs[name].cpu()) for name in own):
         hint = "voters.backbone.model is the one that its tasks share"
         raise PruningError("the zoo is of another network", where=str(voters.zoo.folder), hint=hint)
+    device = next(model.parameters()).device
+    data, voters = data.to(device), replace(voters, backbone=voters.backbone.to(device))
     return _result(voters.elect(data, **options), cost(model, example_inputs), example_inputs, data)
 
 

@@ -345,7 +345,3 @@ def main() -> None:
             crash(error)
             raise
         fail(found[1], found[0])
-
-
-if __name__ == "__main__":
-    main()

@@ -53,11 +53,10 @@ def run_epochs(
     """
     modules = {"model": model} if average is None else {"model": model, "average": average}
     guard = Guard(title, model, optimizer, schedule, epochs * steps, pieces)
-    with track(title, (epochs - start) * steps) as advance, torch.random.fork_rng(devices=[]):
-        found = bookmark and bookmark.restore(modules, optimizer, start, epochs, steps)
-        place, random = found or (Place(start), {})
-        if place.seconds:
-            advance(steps=_go_on(title, place, start, steps, schedule))
+    found = bookmark and bookmark.restore(modules, optimizer, start, epochs, steps)
+    place, random = found or (Place(start), {})
+    done = _go_on(title, place, start, steps, schedule) if place.seconds else 0
+    with track(title, (epochs - start) * steps, done) as advance, torch.random.fork_rng(devices=[]):
         for epoch in range(place.epoch, epochs):
             torch.manual_seed(seed * 100_003 + epoch + 7919 * team().rank)  # dropout and the like
             place = place if place.epoch == epoch else Place(epoch, in_a_row=place.in_a_row, seconds=place.seconds)

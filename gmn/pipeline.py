@@ -137,6 +137,9 @@ def _learn_metanetwork(recipe: Recipe, run: Run, engine: Engine) -> Report:
 
 
 def _learn_votes(recipe: VoteRecipe, run: Run, engine: Engine) -> Report:
+    if recipe.target is not None:
+        hint = "leave it out; `gmn prune RECIPE --meta RUN` reads it"
+        raise RecipeError("target names a task to prune for", got="gmn meta-train", hint=hint)
     job = VoteJob(recipe, run, engine=engine)
     job.build()
     return compare_votes(job)

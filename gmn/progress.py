@@ -33,15 +33,17 @@ _titles: list[str] = []  # the tasks that are under way, the outermost first
 
 
 @contextmanager
-def track(title: str, total: int) -> Iterator[Advance]:
+def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     """Follow a task of `total` steps; call what it yields after each step, with a short note (such as the loss).
+
+    Steps that were `done` before, by a run that goes on, do not count for the time left.
 
     A task inside another one gets a second row of the same bar; without a terminal it says nothing.
     """
     start, note = time.perf_counter(), ""
     _titles.append(title)
     try:
-        with _bar(title, total) if console.is_terminal else _lines(title, total) as show:
+        with _bar(title, total, done) if console.is_terminal else _lines(title, total, done) as show:
 
             def advance(text: str = "", steps: int = 1) -> None:
                 nonlocal note
@@ -57,14 +59,14 @@ def track(title: str, total: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
+def _bar(title: str, total: int, done: int) -> Iterator[Callable[[str, int], None]]:
     outermost = not _active
     if outermost:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         _active.append(Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True))
         _active[0].start()
     bar = _active[0]
-    task = bar.add_task(title, total=total, note="")
+    task = bar.add_task(title, total=total, completed=done, note="")
     try:
         yield lambda note, steps: bar.update(task, advance=steps, note=note)
     finally:
@@ -74,15 +76,15 @@ def _bar(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 @contextmanager
-def _lines(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
-    start = last = time.perf_counter()
-    done = 0
+def _lines(title: str, total: int, done: int) -> Iterator[Callable[[str, int], None]]:
+    start, before = time.perf_counter(), done
+    last = start
 
     def advance(note: str, steps: int) -> None:
         nonlocal done, last
         done, now = done + steps, time.perf_counter()
         if now - last > LINE_EVERY and len(_titles) == 1:
-            last, left = now, (now - start) / done * (total - done)
+            last, left = now, (now - start) / (done - before) * (total - done)
             say(f"{title}: {done}/{total}, {left:.0f} s left, {note}")
 
     yield advance

@@ -55,6 +55,12 @@ class Data(Section):
     augment: Augment = Field(default_factory=Augment, description="random changes of the training images")
 
     @model_validator(mode="after")
+    def _files_are_parquet(self) -> Data:
+        if (self.train or self.test) and self.name != "parquet" and ":" not in self.name:
+            raise ValueError(f"train and test name parquet files, and name is {self.name}: give name: parquet, or null")
+        return self
+
+    @model_validator(mode="after")
     def _mean_with_std(self) -> Data:
         if len(self.mean or []) != len(self.std or []):
             raise ValueError("mean and std must come together, one number per channel each")

@@ -100,6 +100,8 @@ class MatrixRecipe(Section):
     def _something_to_compare(self) -> MatrixRecipe:
         for label in self.networks:
             report = self.entries[label].report
+            if taken := {*self.entries, *RESERVED} & report.metanetworks.keys():
+                raise ValueError(f"report.metanetworks of {label} has the name of another column: {min(taken)}")
             if label not in self.metanetworks and not report.baselines and not report.metanetworks:
                 raise ValueError(f"nothing to compare in the row {label}, which is no column: give report.baselines")
             if report.speed_ups:

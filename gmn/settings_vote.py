@@ -214,6 +214,16 @@ class VoteRecipe(Common):
         return self
 
     @model_validator(mode="after")
+    def _equal_steps(self) -> VoteRecipe:
+        size, own = self.zoo.pruning.batch_size, self.vote.fit.batch_size
+        if size != own and {"short", "long"} & {*self.report.baselines}:
+            raise ValueError(
+                f"rows are compared by steps, which must be of as many images: vote.fit.batch_size is {own}, "
+                f"zoo.{self.zoo.pruner}.batch_size {size}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_neighbours(self) -> VoteRecipe:
         if self.vote.neighbours > self.zoo.tasks:
             raise ValueError(f"vote.neighbours ({self.vote.neighbours}) are more than zoo.tasks ({self.zoo.tasks})")

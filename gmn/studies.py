@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from gmn import study_plots
@@ -24,6 +25,7 @@ from gmn.checkpoint import save_json
 from gmn.errors import GmnError
 from gmn.neighbours import Ranking
 from gmn.overlap import iou, layer_names, recall
+from gmn.plots import save_figure
 from gmn.progress import track
 from gmn.spread import spread
 from gmn.trials import plan
@@ -74,7 +76,7 @@ def study(job: VoteJob, name: str, choices: Choices) -> Path:
     }
     folder = job.run.folder / "studies"
     save_json(folder / f"{name}.json", content)
-    paths = [plot(content, folder / file) for plot, file in draw]
+    paths = [save_figure(figure(content), folder / file) for figure, file in draw]
     return paths[0]
 
 
@@ -147,7 +149,7 @@ def _neighbours(job: VoteJob, choices: Choices) -> Study:
     title = f"Neighbours that vote ({job.recipe.vote.fit.iterations} steps)"
     return {
         **{"title": title, "xlabel": "neighbours N", "log": False, "x_ticks": list(choices.neighbours)},
-        **{"series": series, "references": _references(job)},
+        **{"series": series, "references": _references(job, choices)},
     }
 
 
@@ -179,7 +181,7 @@ def _similarity(job: VoteJob, choices: Choices) -> Study:
         "xlabel": "group of similarity",
         "groups": ["1 (nearest)", "2", "3", "4", "5 (farthest)"],
         "series": series,
-        "references": _references(job),
+        "references": _references(job, choices),
     }
 
 
@@ -194,16 +196,15 @@ def _measure(job: VoteJob, choices: Choices, row: str, **more: Any) -> list[Resu
     if group := more.get("group"):
         targets = [task for task in targets if job.ranking(task, more["similarity"]).group(group)]
     trials = [plan(job, row, task, seed, **more) for task in targets for seed in range(job.recipe.report.seeds)]
-    return measured(job, trials, f"{row} {', '.join(f'{key} {value}' for key, value in more.items())}")
+    return measured(job, trials, " ".join([row, ", ".join(f"{key} {value}" for key, value in more.items())]).strip())
 
 
-def _references(job: VoteJob) -> dict[str, float]:
-    """Mean accuracies of the baselines, where the run has measured them on all targets."""
+def _references(job: VoteJob, choices: Choices) -> dict[str, float]:
+    """Mean accuracies of the run's baselines on the targets of the study."""
     found: dict[str, float] = {}
     for row in job.recipe.report.baselines:
         if row != "nearest":
-            trials = [plan(job, row, task, seed) for task in job.targets for seed in range(job.recipe.report.seeds)]
-            found[TITLES[row]] = statistics.fmean(r["test_accuracy"] for r in measured(job, trials, row))
+            found[TITLES[row]] = statistics.fmean(r["test_accuracy"] for r in _measure(job, choices, row))
     return found
 
 
@@ -223,14 +224,14 @@ def _plain(values: Tensor) -> list[float | None]:
 
 
 Make = Callable[[VoteJob, Choices], Study]
-Draw = Callable[[study_plots.Study, Path], Path]
+Draw = Callable[[study_plots.Study], Figure]
 STUDIES: dict[str, tuple[Make, tuple[tuple[Draw, str], ...]]] = {
-    "iou": (_iou, ((study_plots.iou_plot, "iou.png"),)),
+    "iou": (_iou, ((study_plots.iou_figure, "iou.png"),)),
     "recall": (
         _recall,
-        ((study_plots.recall_plot, "recall.png"), (study_plots.recall_layers_plot, "recall-layers.png")),
+        ((study_plots.recall_figure, "recall.png"), (study_plots.recall_layers_figure, "recall-layers.png")),
     ),
-    "neighbours": (_neighbours, ((study_plots.lines_plot, "neighbours.png"),)),
-    "iterations": (_iterations, ((study_plots.lines_plot, "iterations.png"),)),
-    "similarity": (_similarity, ((study_plots.bars_plot, "similarity.png"),)),
+    "neighbours": (_neighbours, ((study_plots.lines_figure, "neighbours.png"),)),
+    "iterations": (_iterations, ((study_plots.lines_figure, "iterations.png"),)),
+    "similarity": (_similarity, ((study_plots.bars_figure, "similarity.png"),)),
 }

@@ -2,7 +2,7 @@
 
 Groups of similarity are "1" (nearest) to "5" (farthest), and "all". Any number may be null and any group missing: what
 is not there is not drawn. Spreads are standard deviations over target tasks. IoU, b(a) and accuracies are shares of 1,
-as everywhere in gmn; the pictures show accuracies in per cent. `..._figure` returns what `..._plot` saves as PNG.
+as everywhere in gmn; the pictures show accuracies in per cent. `gmn.plots.save_figure` saves them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -20,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from gmn.errors import GmnError
-from gmn.plots import save_figure
 
 Study = Mapping[str, Any]
 WIDTH = 9  # inches, 1,080 pixels
@@ -60,84 +58,17 @@ ERRORS: dict[str, Any] = {"capsize": 2.5, "elinewidth": 0.9, "markersize": 4.5, 
 # -- one per study -----------------------------------------------------------------------------------------------------
 
 
-def iou_plot(study: Study, path: Path) -> Path:
+def iou_figure(study: Study) -> Figure:
     """IoU of kept channels per layer, a line with a band of one standard deviation per similarity group.
 
     Args:
         study: {"title", "layers": [L names], "groups": {"1": {"mean": [L], "std": [L], "pairs": int}, ...}}.
-        path: Of the PNG, which is written whole or not at all.
 
     Raises:
         GmnError: A list of another length, or an unknown group.
 
     Source: MVP, figures 1 and 2; MVP-SSL, figure 3.
     """
-    return save_figure(iou_figure(study), path)
-
-
-def recall_plot(study: Study, path: Path) -> Path:
-    """Left b(a), the share of channels with a votes that the target keeps; right d(a), how many of its own have a.
-
-    Args:
-        study: {"title", "neighbours": A, "groups": {"all": {"b_mean": [A], "b_std": [A], "d_mean": [A + 1]}, ...}}.
-        path: Of the PNG, which is written whole or not at all.
-
-    Raises:
-        GmnError: A list of another length, or an unknown group.
-
-    Source: MVP-SSL, figure 4.
-    """
-    return save_figure(recall_figure(study), path)
-
-
-def recall_layers_plot(study: Study, path: Path) -> Path:
-    """b(a) of every layer, a panel each, on the same axes.
-
-    Args:
-        study: {"title", "neighbours": A, "layers": {name: {"b_mean": [A], "b_std": [A] or missing}}}.
-        path: Of the PNG, which is written whole or not at all.
-
-    Raises:
-        GmnError: A list of another length.
-
-    Source: MVP-SSL, figure 8.
-    """
-    return save_figure(recall_layers_figure(study), path)
-
-
-def lines_plot(study: Study, path: Path) -> Path:
-    """Accuracy in per cent against x, a line with bars of one standard deviation per method.
-
-    Args:
-        study: {"title", "xlabel", "log": bool, "x_ticks": null or [..], "series": {name: {"x", "mean", "std"}},
-            "references": {name: accuracy}}; references are dashed, the last three keys but "series" may be missing.
-        path: Of the PNG, which is written whole or not at all.
-
-    Raises:
-        GmnError: Lists of different lengths, or an accuracy that is no share of 1.
-
-    Source: MVP, figures 4a and 5b.
-    """
-    return save_figure(lines_figure(study), path)
-
-
-def bars_plot(study: Study, path: Path) -> Path:
-    """Accuracy in per cent per similarity group, a bar per series, from 0.
-
-    Args:
-        study: {"title", "xlabel", "groups": [G names], "series": {name: {"mean": [G], "std": [G]}},
-            "references": {name: accuracy} or missing}.
-        path: Of the PNG, which is written whole or not at all.
-
-    Raises:
-        GmnError: A list of another length, or an accuracy that is no share of 1.
-
-    Source: MVP, figure 4b.
-    """
-    return save_figure(bars_figure(study), path)
-
-
-def iou_figure(study: Study) -> Figure:
     figure = _figure(study, 4.8)
     axes = figure.add_subplot()
     names, groups = study["layers"], _groups(study)
@@ -157,6 +88,16 @@ def iou_figure(study: Study) -> Figure:
 
 
 def recall_figure(study: Study) -> Figure:
+    """Left b(a), the share of channels with a votes that the target keeps; right d(a), how many of its own have a.
+
+    Args:
+        study: {"title", "neighbours": A, "groups": {"all": {"b_mean": [A], "b_std": [A], "d_mean": [A + 1]}, ...}}.
+
+    Raises:
+        GmnError: A list of another length, or an unknown group.
+
+    Source: MVP-SSL, figure 4.
+    """
     figure = _figure(study, 4.4)
     left, right = figure.subplots(1, 2)
     neighbours, groups = int(study["neighbours"]), _groups(study)
@@ -181,6 +122,16 @@ def recall_figure(study: Study) -> Figure:
 
 
 def recall_layers_figure(study: Study) -> Figure:
+    """b(a) of every layer, a panel each, on the same axes.
+
+    Args:
+        study: {"title", "neighbours": A, "layers": {name: {"b_mean": [A], "b_std": [A] or missing}}}.
+
+    Raises:
+        GmnError: A list of another length.
+
+    Source: MVP-SSL, figure 8.
+    """
     layers, neighbours = study["layers"], int(study["neighbours"])
     rows = max(1, math.ceil(len(layers) / COLUMNS))
     figure = _figure(study, 1.1 + 1.55 * rows)
@@ -205,6 +156,17 @@ def recall_layers_figure(study: Study) -> Figure:
 
 
 def lines_figure(study: Study) -> Figure:
+    """Accuracy in per cent against x, a line with bars of one standard deviation per method.
+
+    Args:
+        study: {"title", "xlabel", "log": bool, "x_ticks": null or [..], "series": {name: {"x", "mean", "std"}},
+            "references": {name: accuracy}}; references are dashed, the last three keys but "series" may be missing.
+
+    Raises:
+        GmnError: Lists of different lengths, or an accuracy that is no share of 1.
+
+    Source: MVP, figures 4a and 5b.
+    """
     figure = _figure(study, 4.8)
     axes = figure.add_subplot()
     colours, markers = cycle(PALETTE), cycle(MARKERS)
@@ -225,6 +187,17 @@ def lines_figure(study: Study) -> Figure:
 
 
 def bars_figure(study: Study) -> Figure:
+    """Accuracy in per cent per similarity group, a bar per series, from 0.
+
+    Args:
+        study: {"title", "xlabel", "groups": [G names], "series": {name: {"mean": [G], "std": [G]}},
+            "references": {name: accuracy} or missing}.
+
+    Raises:
+        GmnError: A list of another length, or an accuracy that is no share of 1.
+
+    Source: MVP, figure 4b.
+    """
     figure = _figure(study, 4.8)
     axes = figure.add_subplot()
     groups, series, colours = study["groups"], study["series"], cycle(PALETTE)

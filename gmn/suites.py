@@ -7,7 +7,7 @@ torchvision-video  every network for video            extra    what the others l
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,6 @@ from gmn.errors import GmnError
 from gmn.example import example_inputs
 from gmn.names import nearest
 from gmn.networks import build_network
-
-LIMIT = 150_000_000  # parameters of a network of the suite timm
 
 
 @dataclass(frozen=True)
@@ -138,26 +136,6 @@ SUITES: dict[str, Callable[[], list[Entry]]] = {
 }
 
 
-def smallest(family: str) -> str:
-    """The network of a timm family that the table below should hold: fewest parameters, then smallest input.
-
-    The networks that timm has for its own tests (`test_*`) do not count. Nothing is allocated.
-    """
-    return min(_sizes(family))[2]
-
-
-def _sizes(family: str) -> Iterator[tuple[int, int, str]]:
-    import timm
-
-    for name in timm.list_models(module=family, exclude_filters="test_*"):
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        yield sum(p.numel() for p in model.parameters()), example_inputs(model).numel(), name
-
-
-TIMM_VERSION = "1.0.31"
-"""The version of timm whose families the table holds."""
-
 TIMM_OPTIONS: dict[str, dict[str, Any]] = {"gemma4_vit_167m": {"depth": 14}, "deepseek_vit_412m": {"depth": 11}}
 """Families without a network under the limit: the smallest one, with as many of its equal layers as fit."""
 
@@ -261,4 +239,4 @@ TIMM = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p8_224",
 }
-"""The smallest network of every family (`timm.list_modules()`), by `smallest`."""
+"""The smallest network of every family (`timm.list_modules()`): fewest parameters, then smallest input."""

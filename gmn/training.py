@@ -68,8 +68,9 @@ def recalibrate(model: nn.Module, split: Split, images: int, *, seed: int = 0, a
     """
     if not images:
         return
-    size = min(250, images, len(split))  # whole batches only: one image has no variance
-    batches = split.batches(size, generator=generator(seed, 0), augment=augment, limit=images, drop_last=True)
+    limit = min(images, len(split))
+    size = limit // math.ceil(limit / 250)  # whole batches only: one image has no variance
+    batches = split.batches(size, generator=generator(seed, 0), augment=augment, limit=limit, drop_last=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout before a norm
         update_bn((batch for batch, _ in batches), model)

@@ -119,6 +119,7 @@ class _Results:
 
     def __init__(self, path: Path) -> None:
         self.known: dict[tuple[Any, ...], Result] = {}
+        self._made: set[tuple[Any, ...]] = set()  # with whichever zoo
         self._path, self._tail = path, Tail(path)
 
     def look(self) -> None:
@@ -127,11 +128,11 @@ class _Results:
             if (result := {"zoo": "", **line}).keys() >= TRIAL.keys():  # an older gmn did not say with which zoo
                 checked(result, TYPES, self._path)
                 self.known[_key(result)] = result
+                self._made.add(_key({**result, "zoo": ""}))
 
     def has_with_another_zoo(self, trial: Trial) -> bool:
         """Whether a trial that is not known was made when other tasks could vote."""
-        wanted = _key(dataclasses.asdict(trial))
-        return any(_key({**result, "zoo": trial.zoo}) == wanted for result in self.known.values())
+        return _key({**dataclasses.asdict(trial), "zoo": ""}) in self._made
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:

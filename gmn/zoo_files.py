@@ -62,11 +62,11 @@ def locate(folder: Path, file: str) -> Path:
     return path
 
 
-def check_file(path: Path, task: Task, *, checksum: bool) -> None:
+def check_file(path: Path, task: Task) -> None:
     """CheckpointError if a file is too large, or has not the size or not the checksum that the index says."""
     try:
         size = size_of(path)
-        found = digest_of(path) if checksum and size == task.bytes else task.sha256
+        found = digest_of(path) if size == task.bytes else task.sha256
     except OSError as error:  # no permission, a bad disk
         raise CheckpointError("cannot read the file", got=to_text(error), where=str(path)) from error
     if size != task.bytes:

@@ -99,29 +99,28 @@ class ZooReading:
             row = zoo_rows.find(db, name)
         return self._parse(self._known(row, name))
 
-    def load(self, name: str, *, checksum: bool = True) -> Loaded:
+    def load(self, name: str) -> Loaded:
         """A task with its mask and weights.
 
         Args:
             name: Its name.
-            checksum: Whether to read the whole file first, to be sure that not a bit of it has changed.
 
         Raises:
             GmnError: if there is no such task, or it is not done.
             CheckpointError: if its file is missing, damaged, unsafe or another task's.
         """
-        task, stored = self._read(name, checksum, ("weight",))
+        task, stored = self._read(name, ("weight",))
         return task, KeepMask(stored.keep), stored.weights
 
-    def load_extra(self, name: str, *, checksum: bool = True) -> dict[str, Tensor]:
+    def load_extra(self, name: str) -> dict[str, Tensor]:
         """The other tensors of a task, such as its prototypes, without its weights; errors as for `load`."""
-        return self._read(name, checksum, ("extra",))[1].extra
+        return self._read(name, ("extra",))[1].extra
 
-    def load_all(self, names: Iterable[str] | None = None, *, checksum: bool = True) -> Iterator[Loaded]:
+    def load_all(self, names: Iterable[str] | None = None) -> Iterator[Loaded]:
         """Tasks one after the other, all that are done unless names are given; damaged ones are named and left out."""
         for name in [task.name for task in self.tasks()] if names is None else names:
             try:
-                loaded = self.load(name, checksum=checksum)
+                loaded = self.load(name)
             except GmnError as error:
                 say(f"skipped {name}: {error}")
                 continue
@@ -173,10 +172,10 @@ class ZooReading:
             raise GmnError("the task is not done", got=f"{task.status} {task.error}".strip(), where=f"task {name}")
         return task
 
-    def _read(self, name: str, checksum: bool, parts: tuple[str, ...]) -> tuple[Task, Stored]:
+    def _read(self, name: str, parts: tuple[str, ...]) -> tuple[Task, Stored]:
         task = self._done(name)
         path = locate(self._files, task.file)
-        check_file(path, task, checksum=checksum)
+        check_file(path, task)
         stored = read(path, parts)
         found = {"name": stored.task.name, **stored.identity}
         message = "the file is another task's or network's"

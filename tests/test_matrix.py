@@ -316,6 +316,8 @@ def test_what_is_common_replaces_as_in_a_single_recipe() -> None:
         (["columns=[]", "common.report.baselines=[]"], "nothing to compare in the row grey, which is no column"),
         (["columns=[rgb]", "common.report.baselines=[]"], "nothing to compare in the row grey, which is no column"),
         (["common.report.speed_ups=[1.5]"], "a matrix has one speed-up: leave report.speed_ups out of grey"),
+        (["common.report.metanetworks={rgb: runs/x}"], "metanetworks of grey has the name of another column: rgb"),
+        (["common.report.metanetworks={none: runs/x}"], "none"),
         (["common=3"], "bad value for 'common': expected a mapping of keys; got 3; in --set common=3"),
         (["comon.seed=3"], "did you mean 'common'?"),
         (["prune.speed_up=3"], "for all entries: common.prune"),

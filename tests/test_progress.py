@@ -70,3 +70,13 @@ def test_several_steps_at_once(output: io.StringIO, monkeypatch: pytest.MonkeyPa
         advance("mine", 3)
     if not progress.console.is_terminal:
         assert output.getvalue().startswith("shared: 3/4, ")
+
+
+def test_what_was_done_before_does_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, times = io.StringIO(), iter([0.0, 0.0, 10.0, 10.0])
+    monkeypatch.setattr(progress, "console", Console(file=stream, width=120))
+    monkeypatch.setattr(progress, "LINE_EVERY", 1.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    with progress.track("task", 1000, done=900) as advance:
+        advance("loss 2", 10)
+    assert stream.getvalue().startswith("task: 910/1000, 90 s left, loss 2\n")

@@ -238,3 +238,6 @@ def test_methods(write) -> None:
     assert "vote.neighbours (99) are more than zoo.tasks" in message("graph-mask-voting", "vote.neighbours=99")
     assert "give one of fit and simsiam" in message("graph-mask-voting", "pretrain={}")
     assert "votes are of the whole network" in message("quickstart", "prune.votes=x")
+    said = message("graph-mask-voting", "vote.fit.batch_size=16")
+    assert "vote.fit.batch_size is 16, zoo.filters.batch_size 64" in said
+    assert "train and test name parquet files, and name is digits" in message("quickstart", "data.train=x.parquet")

@@ -224,7 +224,11 @@ def test_accuracies_are_means_over_trials(studied: Path, vote_run: Finished) -> 
     compared = [r for r in vote_run[1]["results"] if r["row"] == "long"]
     reference = content(studied, "neighbours")["references"]["long pruning"]
     assert reference == pytest.approx(statistics.fmean(r["test_accuracy"] for r in compared))
-    bars = content(studied, "similarity")["series"]["1 steps"]
+    study = content(studied, "similarity")
+    on_one = [r["test_accuracy"] for r in compared if r["target"] == "target-00012"]
+    assert study["references"]["long pruning"] == pytest.approx(statistics.fmean(on_one))  # as many targets as the bars
+    assert study["references"]["long pruning"] != reference
+    bars = study["series"]["1 steps"]
     job = pipeline.reopened(studied)
     ranked = job.ranking(job.targets[0], "leep")
     for number in range(1, 6):

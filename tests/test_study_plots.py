@@ -24,6 +24,7 @@ from PIL import Image
 
 from gmn import study_plots as plots
 from gmn.errors import GmnError
+from gmn.plots import save_figure
 
 LAYERS = ["conv1", *(f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2))]  # 19
 VOTES = [0.1, 0.3, 0.4, 0.8]
@@ -69,12 +70,12 @@ def bars_study() -> dict[str, Any]:
     return {"title": "S", "xlabel": "group", "groups": groups, "series": series, "references": {"random": 0.33}}
 
 
-KINDS: dict[str, tuple[Callable[[Any], Figure], Callable[[Any, Path], Path], dict[str, Any]]] = {
-    "iou": (plots.iou_figure, plots.iou_plot, iou_study()),
-    "recall": (plots.recall_figure, plots.recall_plot, recall_study()),
-    "recall_layers": (plots.recall_layers_figure, plots.recall_layers_plot, recall_study()),
-    "lines": (plots.lines_figure, plots.lines_plot, lines_study()),
-    "bars": (plots.bars_figure, plots.bars_plot, bars_study()),
+KINDS: dict[str, tuple[Callable[[Any], Figure], dict[str, Any]]] = {
+    "iou": (plots.iou_figure, iou_study()),
+    "recall": (plots.recall_figure, recall_study()),
+    "recall_layers": (plots.recall_layers_figure, recall_study()),
+    "lines": (plots.lines_figure, lines_study()),
+    "bars": (plots.bars_figure, bars_study()),
 }
 EMPTY: dict[str, dict[str, Any]] = {
     "iou": {"title": "t", "layers": LAYERS, "groups": {}},
@@ -104,9 +105,9 @@ def labels_of(figure: Figure) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_is_written_and_nothing_else(kind: str, tmp_path: Path) -> None:
-    _, plot, study = KINDS[kind]
+    draw, study = KINDS[kind]
     path = tmp_path / "deep" / f"{kind}.png"
-    assert plot(json.loads(json.dumps(study)), path) == path
+    assert save_figure(draw(json.loads(json.dumps(study))), path) == path
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -116,8 +117,8 @@ def test_a_picture_is_written_and_nothing_else(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_study_of_nothing_is_drawn_too(kind: str, tmp_path: Path) -> None:
-    figure, plot, _ = KINDS[kind]
-    assert plot(EMPTY[kind], tmp_path / "empty.png").stat().st_size > 1000
+    figure = KINDS[kind][0]
+    assert save_figure(figure(EMPTY[kind]), tmp_path / "empty.png").stat().st_size > 1000
     empty = drawn(figure(EMPTY[kind]))
     assert not empty.legends
     texts = [text.get_text() for axes in empty.axes for text in axes.texts]
@@ -126,7 +127,7 @@ def test_a_study_of_nothing_is_drawn_too(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "recall_layers"])
 def test_legends_hide_no_data_and_no_title(kind: str) -> None:
-    study = {**KINDS[kind][2], "title": "How far two tasks agree: ResNet-56 on CIFAR-100, " * 4 + "LEEP"}
+    study = {**KINDS[kind][1], "title": "How far two tasks agree: ResNet-56 on CIFAR-100, " * 4 + "LEEP"}
     figure = drawn(KINDS[kind][0](study))
     legend = figure.legends[0].get_window_extent()
     assert legend.x1 <= figure.bbox.x1
@@ -137,7 +138,7 @@ def test_legends_hide_no_data_and_no_title(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_axes_say_what_they_show(kind: str) -> None:
-    figure = KINDS[kind][0](KINDS[kind][2])
+    figure = KINDS[kind][0](KINDS[kind][1])
     if kind == "recall_layers":
         assert figure.get_supxlabel() == "votes a, of 4 neighbours"
         assert figure.get_supylabel().startswith("b(a): share of channels")
@@ -322,7 +323,7 @@ def test_many_bars_have_no_room_for_values() -> None:
 
 
 def changed(kind: str, place: str, value: Any) -> dict[str, Any]:
-    study = copy.deepcopy(KINDS[kind][2])
+    study = copy.deepcopy(KINDS[kind][1])
     *way, last = place.split("/")
     entry = study
     for key in way:
@@ -347,5 +348,4 @@ def changed(kind: str, place: str, value: Any) -> dict[str, Any]:
 )
 def test_numbers_that_do_not_fit_are_refused(kind: str, place: str, value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(GmnError, match=message):
-        KINDS[kind][1](changed(kind, place, value), tmp_path / "never.png")
-    assert not list(tmp_path.iterdir())
+        KINDS[kind][0](changed(kind, place, value))

@@ -118,6 +118,20 @@ def test_evaluation_restores_the_mode() -> None:
     assert [module.training for module in network.modules()] == modes
 
 
+@pytest.mark.parametrize(("images", "read"), [(250, 250), (499, 498), (700, 699), (10_000, 600)])
+def test_recalibration_reads_the_images_it_is_given(images: int, read: int) -> None:
+    class Counting(nn.BatchNorm1d):
+        seen = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            Counting.seen += len(input)
+            return super().forward(input)
+
+    split = dark_and_bright(700 if images == 700 else 600)
+    recalibrate(nn.Sequential(nn.Flatten(), Counting(16)), split, images)
+    assert Counting.seen == read
+
+
 def test_recalibration_is_deterministic_and_drops_a_single_last_image() -> None:
     torch.manual_seed(0)
     body = [nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 2)]

@@ -154,6 +154,7 @@ def mistake_of(here: Here, *arguments: str) -> str:
         ("rewrite=nowhere", ["nothing learnt here", "nowhere"]),
         ("ratio=0.01", ["nothing would be pruned", "a ratio of 0.031 or more", "one of 32 channels", "got 0.01"]),
         ("pretrain=null", ["nothing trains the network"]),
+        ('target=["1", "7"]', ["target names a task to prune for", "gmn prune"]),
     ],
 )
 def test_mistakes_in_a_recipe(here: Here, tmp_path: Path, override: str, words: list[str]) -> None:

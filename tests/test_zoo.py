@@ -342,9 +342,6 @@ def test_damaged_files_are_named_and_never_used(zoo: Zoo, kind: str, capsys: pyt
     assert path.name in str(error.value)
     with pytest.raises(CheckpointError, match=message):
         zoo.load_extra("task-1")
-    if kind != "flipped":
-        with pytest.raises(CheckpointError):  # the name in the header, at least
-            zoo.load("task-1", checksum=False)
     assert [task.name for task, _, _ in zoo.load_all()] == ["task-0", "task-2"]
     assert f"skipped task-1: {error.value}" in capsys.readouterr().err
     (problem,) = zoo.verify()

@@ -215,7 +215,7 @@ def test_a_file_must_be_a_file(zoo: Zoo, tmp_path: Path, kind: str) -> None:
         zoo.load("task-1")
     assert str(path) in str(error.value)
     with pytest.raises(CheckpointError):
-        zoo.load_extra("task-1", checksum=False)
+        zoo.load_extra("task-1")
     assert [problem.task for problem in zoo.verify()] == ["task-1"]
 
 
