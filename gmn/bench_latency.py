@@ -17,7 +17,7 @@ from gmn.batches import batch_size, with_batch
 from gmn.checkpoint import save_json
 from gmn.convert_cli import wide_console
 from gmn.costs import Cost, cost, latencies
-from gmn.errors import GmnError
+from gmn.errors import GmnError, one_line
 from gmn.job import choose_device
 from gmn.progress import track
 from gmn.report import human
@@ -108,8 +108,7 @@ def _runs_on(batch: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        got = str(error).strip().split("\n")[0]
-        raise GmnError(f"a network does not run on a batch of {batch}", got=got) from error
+        raise GmnError(f"a network does not run on a batch of {batch}", got=one_line(error)) from error
 
 
 def compared(costs: dict[str, Cost], seconds: Sequence[Sequence[float]], batch: int, threads: int) -> list[Timed]:

@@ -12,7 +12,7 @@ import safetensors
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from gmn.errors import CheckpointError
+from gmn.errors import CheckpointError, one_line
 from gmn.graph import GraphSpec
 from gmn.names import printable
 from gmn.state_dict import UNREADABLE
@@ -83,7 +83,7 @@ def read(path: Path, *, tensors: bool = True) -> tuple[Header, dict[str, Tensor]
             names = file.keys() if tensors else ()
             return header, {name: file.get_tensor(name) for name in names}
     except UNREADABLE as error:
-        raise CheckpointError("cannot read the file", got=str(error).split("\n")[0], where=str(path)) from error
+        raise CheckpointError("cannot read the file", got=one_line(error), where=str(path)) from error
 
 
 def _header(meta: dict[str, str], path: Path) -> Header:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from gmn.checkpoint import load_json
-from gmn.errors import CheckpointError, GmnError
+from gmn.errors import CheckpointError, GmnError, one_line
 from gmn.networks import build_network, without_fetching
 from gmn.permission import refuse_code
 from gmn.room import Room
@@ -42,8 +42,9 @@ class Source(BaseModel):
         try:
             return resize(model, self.sizes).eval()
         except (RuntimeError, TypeError, ArithmeticError) as error:
-            got = str(error).split("\n")[0]
-            raise CheckpointError("the network cannot be given its sizes", got=got, where=self.network) from error
+            raise CheckpointError(
+                "the network cannot be given its sizes", got=one_line(error), where=self.network
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         """The source as a graph file keeps it."""

@@ -150,11 +150,11 @@ def _prune_with_votes(recipe: VoteRecipe, run: Run, zoo: Path, engine: Engine) -
     if stated := Zoo.open(zoo).about.get("network"):
         check_same("the zoo is of another network than the recipe's", own, stated, zoo)
     found = None if run.replaces else voters(run.folder)
-    if found is not None and found[1] != digest(zoo):
+    if found is not None and found[1] != network_digest(zoo):
         raise RecipeError("cannot resume with another zoo", got=str(zoo), hint="start anew with --overwrite")
     job = VoteJob(recipe, run, zoo, engine)
     if found is None:
-        save_json(run.folder / VOTERS, {"zoo": str(zoo), "network_sha256": digest(zoo)})
+        save_json(run.folder / VOTERS, {"zoo": str(zoo), "network_sha256": network_digest(zoo)})
     return compare_votes(job)
 
 
@@ -168,7 +168,7 @@ def voters(folder: Path) -> tuple[Path, str] | None:
         return Path(content["zoo"]), str(content["network_sha256"])
 
 
-def digest(zoo: Path) -> str | None:
+def network_digest(zoo: Path) -> str | None:
     """The SHA-256 of the weights of a zoo's network; None if they are not there."""
     path = zoo / NETWORK / "weights.safetensors"
     return digest_of(path) if path.is_file() else None

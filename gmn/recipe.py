@@ -26,18 +26,6 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-__all__ = [
-    "AnyRecipe",
-    "MatrixRecipe",
-    "Recipe",
-    "VoteRecipe",
-    "builtin_recipes",
-    "checked",
-    "dump_recipe",
-    "load_recipe",
-    "read_value",
-]
-
 AnyRecipe = Recipe | VoteRecipe | MatrixRecipe
 AnySection = TypeVar("AnySection", bound=BaseModel)
 METHODS: dict[str, type[AnyRecipe]] = {"metanetwork": Recipe, "vote": VoteRecipe, "matrix": MatrixRecipe}

@@ -11,7 +11,7 @@ from gmn.api import NETWORK
 from gmn.batches import tensors_in
 from gmn.errors import CheckpointError, GmnError
 from gmn.names import refuse_unknown
-from gmn.pipeline import digest, voters
+from gmn.pipeline import network_digest, voters
 from gmn.run import is_run, load_report, open_run, reading
 from gmn.subject import Choices, Named, named
 from gmn.zoo_index import zoo_path
@@ -107,5 +107,5 @@ def _bases(folder: Path) -> Iterator[Path]:
     yield folder / "models" / "base"
     found = voters(folder)
     zoo = found[0] if found else zoo_path(folder)
-    if zoo is not None and (found is None or digest(zoo) == found[1]):
+    if zoo is not None and (found is None or network_digest(zoo) == found[1]):
         yield zoo / NETWORK

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gmn.errors import DataError
+from gmn.errors import DataError, one_line
 from gmn.images import Item
 from gmn.names import accepted, import_function, nearest
 
@@ -91,9 +91,8 @@ def _torchvision(make: Callable[[], Any], root: Path) -> Any:
     try:
         return make()
     except (RuntimeError, OSError, ImportError) as problem:
-        message = str(problem).strip().splitlines()[0]
         hint = "set `download`, or put the files there"
-        raise DataError("cannot read the data set", got=message, where=str(root), hint=hint) from problem
+        raise DataError("cannot read the data set", got=one_line(problem), where=str(root), hint=hint) from problem
 
 
 def read_cifar(kind: str, request: Request) -> Source:

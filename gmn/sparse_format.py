@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.sparse import to_sparse_semi_structured
 
-from gmn.errors import GmnError, PruningError
+from gmn.errors import GmnError, PruningError, one_line
 from gmn.limits import meant
 from gmn.progress import say
 from gmn.trace import clone
@@ -98,5 +98,5 @@ def _compressed(weight: Tensor, name: str) -> Tensor:
             warnings.simplefilter("ignore")  # torch calls the format a prototype
             return to_sparse_semi_structured(weight.detach().contiguous())
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        got, hint = str(error).strip().split("\n")[0], "leave the layer dense with keep="
+        got, hint = one_line(error), "leave the layer dense with keep="
         raise GmnError("torch cannot compress the layer", got=got, where=name, hint=hint) from error

@@ -25,7 +25,7 @@ from gmn.batches import with_batch
 from gmn.bench_latency import Range, caption, compared, table
 from gmn.checkpoint import save_json
 from gmn.costs import Cost, latencies
-from gmn.pipeline import digest
+from gmn.pipeline import network_digest
 from gmn.run_networks import side_by_side
 
 
@@ -141,7 +141,7 @@ def test_the_networks_of_a_vote_run(tmp_path: Path) -> None:
     (run / "models" / "base").rename(tmp_path / "network")
     with pytest.raises(gmn.GmnError, match="the run began with is not there"):
         side_by_side(run)
-    save_json(run / "voters.json", {"zoo": str(tmp_path), "network_sha256": digest(tmp_path)})
+    save_json(run / "voters.json", {"zoo": str(tmp_path), "network_sha256": network_digest(tmp_path)})
     found = side_by_side(run)
     assert list(found) == ["base", "metanetwork", "direct"]
     assert (found["base"], found["direct"].name) == (tmp_path / "network", "direct-seed0")

@@ -27,9 +27,10 @@ from gmn.checkpoint import save_text
 from gmn.errors import GmnError
 from gmn.matrix import Matrix
 from gmn.permission import allow_code
-from gmn.recipe import MatrixRecipe, dump_recipe, load_recipe
+from gmn.recipe import dump_recipe, load_recipe
 from gmn.run import Run, load_report
 from gmn.settings import Recipe
+from gmn.settings_matrix import MatrixRecipe
 
 RECIPE = """
 method: matrix

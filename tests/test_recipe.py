@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gmn.errors import RecipeError
-from gmn.recipe import Recipe, builtin_recipes, dump_recipe, load_recipe
+from gmn.recipe import builtin_recipes, dump_recipe, load_recipe
+from gmn.settings import Recipe
 
 MINIMAL = """\
 data: {name: digits}

@@ -274,7 +274,7 @@ def test_rows_of_the_papers_table_are_recipes(reduce: str, normalize: str) -> No
     for alpha, p in itertools.product((0, 2, 4, 6), (1, 2)):
         fields = {"reduce": reduce, "normalize": normalize, "alpha": alpha, "p": p}
         recipe = load_recipe("quickstart", [f"criterion.{key}={value}" for key, value in fields.items()])
-        assert isinstance(recipe, gmn.recipe.Recipe)
+        assert isinstance(recipe, gmn.settings.Recipe)
         sums = [[sum(w**p for w in own) for own in channel] for channel in slices]
         scores = [own[0] if reduce == "first" else sum(own) / 3 for own in sums]
         norm = {"max": max(scores), "mean": sum(scores) / 2, "none": 1.0}[normalize]
