@@ -50,7 +50,6 @@ def reconstruct(
     images: int,
     *,
     seed: int = 0,
-    augment: Augment | None = None,
 ) -> None:
     """Fit the layers of a pruned network to what they did in the unpruned one, in place.
 
@@ -63,10 +62,12 @@ def reconstruct(
         spec, mask: Its graph's structure, and the nodes that stayed.
         split: Training images.
         images: How many of them; for every layer both networks run on them, up to that layer.
-        augment: Random changes of the images, the same for all layers.
+
+    The images are whole: both networks see the same, and nothing is gained by random changes of them (a ResNet-20 at a
+    third of its FLOPs lost 1.4 to 2 points).
     """
     kept = entries(spec, {name: value.shape for name, value in model.named_parameters()}, mask.keep)
-    batches = lambda: split.batches(BATCH, generator=generator(seed, 0), augment=augment, limit=images)  # noqa: E731
+    batches = lambda: split.batches(BATCH, generator=generator(seed, 0), limit=images)  # noqa: E731
     places = max(1, ROWS // min(images, len(split)))
     with evaluation(model), evaluation(smaller), torch.no_grad():
         names = [name for name in _in_order(smaller, next(batches())[0][:1]) if f"{name}.weight" in kept]
@@ -90,7 +91,7 @@ def mend(
 ) -> None:
     """What follows surgery, in place: `reconstruct` on so many images, or else `recalibrate` on so many."""
     if reconstructed:
-        reconstruct(model, pruned.model, spec, pruned.mask, split, reconstructed, seed=seed, augment=augment)
+        reconstruct(model, pruned.model, spec, pruned.mask, split, reconstructed, seed=seed)
         team().agree(pruned.model.state_dict().values())
     else:
         recalibrate(pruned.model, split, recalibrated, seed=seed, augment=augment)
