@@ -1,7 +1,8 @@
 # One virtual environment, .venv; stamp files in it remember which extras it holds.
 PYTHON ?= python3
-# torch runs its own threads: with 2 workers on 2 cores, 1 each.
-PYTEST_ARGS ?= -n 2
+# torch runs its own threads: with 2 workers on 2 cores, 1 each. Stolen work keeps the tests of a file in one worker,
+# which makes what they share once.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help

@@ -25,10 +25,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import sklearn.datasets  # noqa: F401  (what a run imports late: once, not in every process)
 import torch
+import torch._dynamo  # noqa: F401
+import torch_pruning.utils  # noqa: F401
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import gmn.pipeline  # noqa: F401  (once, not in every process)
+import gmn.pipeline  # noqa: F401
 from gmn import report
 from gmn.cli import main as command
 
