@@ -27,7 +27,7 @@ from typing import Any
 
 import sklearn.datasets  # noqa: F401  (what a run imports late: once, not in every process)
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 import torch_pruning.utils  # noqa: F401
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
