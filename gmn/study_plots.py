@@ -50,7 +50,8 @@ GROUPS = {
 }
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#444444")  # Okabe and Ito
 MARKERS = "osD^vPX*"
-REFERENCES = (("#000000", "--"), ("#777777", "-."), ("#444444", ":"))
+DASH_DOT_DOT: Any = (0, (6, 2, 1, 2, 1, 2))
+REFERENCES = (("#000000", "--"), ("#777777", "-."), ("#444444", ":"), ("#000000", DASH_DOT_DOT))
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 ERRORS: dict[str, Any] = {"capsize": 2.5, "elinewidth": 0.9, "markersize": 4.5, "linewidth": 1.5}
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from matplotlib.axes import Axes
@@ -25,6 +25,7 @@ from PIL import Image
 from gmn import study_plots as plots
 from gmn.errors import GmnError
 from gmn.plots import save_figure
+from gmn.settings_vote import Row
 
 LAYERS = ["conv1", *(f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2))]  # 19
 VOTES = [0.1, 0.3, 0.4, 0.8]
@@ -278,6 +279,14 @@ def test_lines_are_in_per_cent_with_references() -> None:
     assert list(reference.get_ydata()) == [0.93, 0.93]
     colours = {container.lines[0].get_color() for container in axes.containers} | {reference.get_color()}
     assert len(colours) == 3
+
+
+def test_every_baseline_has_a_line_of_its_own() -> None:
+    names = [row for row in get_args(Row) if row != "nearest"]
+    study = {**lines_study(), "references": dict.fromkeys(names, 0.5)}
+    lines = [line for line in drawn(plots.lines_figure(study)).axes[0].lines if line.get_label() in names]
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}  # type: ignore[attr-defined]
+    assert len(looks) == len(names) == 4
 
 
 def test_a_logarithmic_axis_has_a_place_for_no_steps() -> None:
