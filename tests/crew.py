@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +120,18 @@ def together(folder: Path) -> dict[str, Any]:
     return found
 
 
+def free_port() -> int:
+    """A port that nothing gets by chance, which those from 32768 on may be before the first process listens."""
+    for port in random.SystemRandom().sample(range(20000, 32768), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("100 ports are taken")
+
+
 def environments(count: int) -> list[dict[str, str]]:
     """What a launcher would tell so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [{**common, "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(count), **own} for own in ranks]
