@@ -121,7 +121,10 @@ def together(folder: Path) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """A port that nothing gets by chance, which those from 32768 on may be before the first process listens."""
+    """A port below those that connections are given: one of theirs may be taken before the first process listens.
+
+    Not from `random`, which hypothesis seeds alike in every worker.
+    """
     for port in random.SystemRandom().sample(range(20000, 32768), 100):
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
