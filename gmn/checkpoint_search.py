@@ -56,10 +56,10 @@ def search(job: MetaJob, min_accuracy: float, *, finetune_images: int) -> tuple[
 def _probe(job: MetaJob, epoch: int, finetune_images: int) -> Probe:
     def measure() -> dict[str, float]:
         with stage(job.run.log, "choosing", probe=epoch, finetune_images=finetune_images):
-            tuned = [job.rewritten(index, epoch, job.brief(finetune_images)) for index in job.judges]
-            pruned = [job.pruned_to_target(model) for model in tuned]
+            tuned = list(job.judged(epoch, job.brief(finetune_images)))
+            pruned = [(kind, kind.pruned_to_target(model)) for kind, model in tuned]
         return {
-            key: sum(evaluate(model, job.data.val).accuracy for model in models) / len(models)
+            key: sum(evaluate(model, kind.data.val).accuracy for kind, model in models) / len(models)
             for key, models in (("accuracy", tuned), ("pruned", pruned))
         }
 

@@ -123,7 +123,7 @@ def study(job: MetaJob, choices: Choices) -> dict[str, Any]:
     axis = job.recipe.prune.measure
     with track(f"accuracy against {axis}", len(choices.checkpoints) * (choices.points + 1)) as advance:
         for epoch in choices.checkpoints:
-            model = job.rewritten(index, epoch, job.brief(choices.finetune_images))
+            model = job.rewritten(index, job.at(epoch), job.brief(choices.finetune_images), f"checkpoint {epoch}")
             size = {"points": choices.points, "images": choices.images}
             found[epoch] = curve_of(job, model, before, advance, **size)
     turns = {epoch: turning_point(points, threshold) for epoch, points in found.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ class Job:
         recipe: What to do.
         run: The run folder.
         data: The recipe's data, if they are loaded already.
+        place: Where in the run folder networks are kept.
     """
 
-    def __init__(self, recipe: Common, run: Run, data: Data | None = None) -> None:
-        self.common, self.run = recipe, run
+    def __init__(self, recipe: Common, run: Run, data: Data | None = None, place: str = "") -> None:
+        self.common, self.run, self.place = recipe, run, Path(place)
         self.device = choose_device(recipe.device)
         self.data: Data = data or load(recipe, self.device)
         self.augment = Augment(**recipe.data.augment.model_dump())
@@ -53,6 +55,7 @@ class Job:
 
     def keep(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         """The network saved under this name in the run folder; made and saved if it is not there yet."""
+        name = (self.place / name).as_posix()
         folder = self.run.folder / name
         if saved_facts(folder) is None:
             with stage(self.run.log, "network", network=name):
@@ -85,6 +88,7 @@ class Job:
 
     def fit(self, model: nn.Module, settings: Fit, index: int, title: str, **more: Any) -> None:
         """Train in place with the recipe's augmentation; `more` (teacher, regularize) goes to `gmn.training.fit`."""
+        title = f"{self.place.name}: {title}" if self.place.name else title
         own = {"seed": self.seed(index), "augment": self.augment, "title": title}
         own["bookmark"] = self.bookmark(self.beginning(model, settings, index, title))
         fit(model, self.data.train, settings, **own, log=self.run.logger("fit", title=title), **more)

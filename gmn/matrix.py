@@ -97,7 +97,7 @@ class Matrix:
 
 def _meet(row: str, network: MetaJob, column: str, learner: MetaJob) -> None:
     """Raise ConversionError unless a network fits the metanetwork that another recipe will learn."""
-    metanetwork = learner.new_metanetwork([learner.subject(learner.built(0))])
+    metanetwork = learner.new_metanetwork([kind.subject(kind.built(0)) for kind in learner.kinds])
     try:
         metanetwork.check(network.graph(network.built(0), learner.layout).spec)
     except ConversionError as error:

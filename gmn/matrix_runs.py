@@ -100,11 +100,13 @@ class Runs:
         if self.copied:
             recipe = with_weights_in(self.folder, recipe, label)
         device = choose_device(recipe.device)
-        return MetaJob(recipe, run, learnt, data=self._data_of(recipe).to(device), learns=learns)
+        loaded = {kind: self._data_of(own).to(device) for kind, own in _kinds_of(recipe).items()} if learns else {}
+        return MetaJob(recipe, run, learnt, data=self._data_of(recipe).to(device), loaded=loaded, learns=learns)
 
     def data(self) -> Loaded:
         """What all entries need, on the CPU."""
-        recipes = [self.recipe.entries[label] for label in self.recipe.used]
+        entries = [self.recipe.entries[label] for label in self.recipe.used]
+        recipes = [own for recipe in entries for own in (recipe, *_kinds_of(recipe).values())]
         return {_key_of(recipe): self._data_of(recipe).to(torch.device("cpu")) for recipe in recipes}
 
     def _data_of(self, recipe: Recipe) -> Data:
@@ -116,6 +118,10 @@ class Runs:
 
 def _key_of(recipe: Recipe) -> str:
     return recipe.model_dump_json(include={"data", "seed", "device"})
+
+
+def _kinds_of(recipe: Recipe) -> dict[str, Recipe]:
+    return {label: recipe.of_kind(label) for label in recipe.data_models.also}
 
 
 def elsewhere(recipe: MatrixRecipe, data: Loaded, folder: Path, key: Key) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gmn.builder import Layout
 from gmn.checkpoint import (
     load_metanetwork,
     load_sound,
@@ -19,31 +19,26 @@ from gmn.checkpoint import (
     restore_optimizer,
     save_metanetwork,
 )
-from gmn.convert import to_model
 from gmn.costs import cost
-from gmn.criteria import Importance, refuse_no_loss
+from gmn.criteria import refuse_no_loss
 from gmn.data import Data
 from gmn.distributed import team
-from gmn.errors import MALFORMED, CheckpointError, RecipeError, of_machine, one_line
-from gmn.groups import couplings
+from gmn.errors import MALFORMED, CheckpointError, GmnError, of_machine, one_line
+from gmn.kind_job import KindJob
 from gmn.learnt import Learnt, adopt, further, named
 from gmn.library_pruner import prune_with
-from gmn.limits import kept_whole
 from gmn.meta_shares import shares_of
 from gmn.meta_train import TITLE, DataModel, train_metanetwork
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
-from gmn.prune_job import PruneJob
-from gmn.replicas import refuse_uneven
 from gmn.run import METANETWORK_FILE, Run
 from gmn.settings import Fit, Recipe
 from gmn.stages import stage
 from gmn.trace import clone
-from gmn.training import epoch_and_batch, evaluate, make_optimizer
-from gmn.weight_masks import WeightSparsity, reasons
+from gmn.training import evaluate, make_optimizer
 
 
-class MetaJob(PruneJob):
+class MetaJob(KindJob):
     """A metanetwork recipe at work in a run folder.
 
     Args:
@@ -51,6 +46,7 @@ class MetaJob(PruneJob):
         run: The run folder.
         learnt: The metanetwork of another run, to prune with.
         data: The recipe's data, if they are loaded already.
+        loaded: By label, those of other kinds of networks that are loaded already.
         learns: Whether it meta-trains one.
 
     Raises:
@@ -64,31 +60,35 @@ class MetaJob(PruneJob):
         learnt: Learnt | None = None,
         data: Data | None = None,
         *,
+        loaded: Mapping[str, Data] | None = None,
         learns: bool = False,
     ) -> None:
         if (learns or "sparse" in recipe.report.baselines) and recipe.prune.of_channels:  # both have a sparsity loss
             refuse_no_loss(recipe.criterion)
         super().__init__(recipe, run, data)
-        self._refuse_uneven(learns)
+        self.loaded = loaded or {}
+        self.refuse_uneven()
         self.further = further(recipe, run)
         self._rehearse(learnt)
+        if learns:
+            self._rehearse_learning()
         run.start()
         for label, path in recipe.report.metanetworks.items():
             adopt(run, label, path)
 
-    def _refuse_uneven(self, learns: bool) -> None:
-        """TrainingError if several processes cannot share a training of the recipe, before the first one begins."""
-        models, tuning = self.recipe.data_models, self.recipe.finetune
-        fits = {"data_models.fit": models.fit, "data_models.initial_fit": models.initial_fit}
-        fits |= {"finetune.after_meta": tuning.after_meta, "finetune.after_prune": tuning.after_prune}
-        for name, settings in fits.items():
-            if settings:
-                refuse_uneven(epoch_and_batch(settings, len(self.data.train))[1], name)
-        if learns:
-            shares_of(self.recipe.meta_train, team())
+    @cached_property
+    def kinds(self) -> list[KindJob]:
+        """The kinds of networks to learn on and to be judged by: the recipe's, and those of `data_models.also`."""
+        return [self, *(self._kind(label) for label in self.recipe.data_models.also)]
+
+    def _kind(self, label: str) -> KindJob:
+        own = self.recipe.of_kind(label)
+        data = self.data if own.data == self.recipe.data else self.loaded.get(label)
+        with _named_kind(label):
+            return KindJob(own, self.run, data, f"also/{label}")
 
     def _rehearse(self, learnt: Learnt | None) -> None:
-        """Build, convert, prune, and meet the metanetwork once, before hours of training end in an error."""
+        """Meet the metanetworks, the library and the target once, before hours of training end in an error."""
         model = self.built(0)
         before = cost(model, self.example)
         if learnt:
@@ -96,44 +96,20 @@ class MetaJob(PruneJob):
         for label, (metanetwork, layout) in self.further.items():
             with named(label):
                 metanetwork.check(self.graph(model, layout).spec)
-        targets, initial = self.recipe.targets, self.recipe.data_models.initial_speed_up
-        most = targets[-1]
+        most = self.recipe.targets[-1]
         if most is not None and any(row.startswith("torch-pruning") for row in self.recipe.report.baselines):
             prune_with(self.library_pruner(clone(model)), self.example, most, before, self.recipe.prune)
-        if initial != "auto" and initial > 1:  # what auto may find lies on the way to the target
-            model = self._cut(model, initial)[0].model
-        for target in targets:
-            self._cut(model, target, before)
-        self._find_weights(model)
-        if self.dense:
-            say(f"stay dense: {reasons(self.dense)}")
+        self.rehearse(model, before)
 
-    def data_model(self, index: int) -> nn.Module:
-        """A network for the metanetwork to learn on."""
-        return self.keep(f"data-models/{index}", lambda: self.initially_pruned(self.unpruned(index), index))
-
-    def unpruned(self, index: int) -> nn.Module:
-        """Network `index` before any pruning; kept where fine-tuning in the choice of a checkpoint distils from it."""
-        tuning = self.recipe.finetune.after_meta or self.recipe.finetune.after_prune  # see `brief`
-        if tuning and tuning.distill:
-            return self.keep(f"data-models/{index}-unpruned", lambda: self.trained(index))
-        return self.trained(index)
-
-    @cached_property
-    def judges(self) -> dict[int, nn.Module]:
-        """The data models that choose a checkpoint, by number: held out, if the recipe has such."""
-        learners, held_out = self.recipe.data_models.train, self.recipe.data_models.val
-        numbers = range(learners, learners + held_out) if held_out else range(learners)
-        return {index: self.data_model(index) for index in numbers}
-
-    def subject(self, model: nn.Module) -> DataModel:
-        """A data model with its graph and its scores' bookkeeping."""
-        graph = self.graph(model)
-        if not self.recipe.prune.of_channels:
-            return DataModel(model, graph, WeightSparsity(self.axes, self.recipe.prune.n_of_m))
-        coupled = kept_whole(graph.spec, couplings(graph.spec), self.recipe.prune)
-        importance = Importance(graph.spec, coupled, self.criterion)
-        return DataModel(model, graph, importance)
+    def _rehearse_learning(self) -> None:
+        """The same of the other kinds, and of what several processes share; GmnError names the kind."""
+        shares_of(self.recipe.meta_train, team())
+        for label, kind in zip(self.recipe.data_models.also, self.kinds[1:], strict=True):
+            with _named_kind(label):
+                kind.refuse_uneven()
+                model = kind.built(0)
+                kind.rehearse(model, cost(model, kind.example))
+                self.new_metanetwork([self.subject(self.built(0)), kind.subject(model)])
 
     def checkpoint(self, epoch: int) -> Path:
         """Where the metanetwork of an epoch is saved."""
@@ -148,7 +124,7 @@ class MetaJob(PruneJob):
         subjects: list[DataModel] = []
         for start, end in self._missing():
             if start < end and not self._no_better(start):
-                subjects = subjects or [self.subject(self.data_model(i)) for i in range(self.recipe.data_models.train)]
+                subjects = subjects or [subject for kind in self.kinds for subject in kind.subjects()]
                 self._learn(subjects, start, end)
 
     def _missing(self) -> Iterator[tuple[int, int]]:
@@ -203,8 +179,23 @@ class MetaJob(PruneJob):
             raise CheckpointError("not of this run", got=one_line(error), where=str(path), hint=hint) from error
         say(f"meta-training goes on after epoch {epoch}")
 
+    def at(self, epoch: int) -> MetaNetwork | None:
+        """The metanetwork of an epoch; None of 0, which is none."""
+        return load_metanetwork(self.checkpoint(epoch))[0].to(self.device) if epoch else None
+
+    def judged(self, epoch: int, tuning: Fit | None) -> Iterator[tuple[KindJob, nn.Module]]:
+        """The judges of every kind as a checkpoint makes them, fine-tuned; checkpoint 0 is no metanetwork."""
+        metanetwork = self.at(epoch)
+        for kind in self.kinds:
+            for index in kind.judges:
+                yield kind, kind.rewritten(index, metanetwork, tuning, f"checkpoint {epoch}")
+
     def new_metanetwork(self, subjects: list[DataModel]) -> MetaNetwork:
-        """An untrained metanetwork with an encoder for every kind of edge in the data models."""
+        """An untrained metanetwork with an encoder for every kind of edge in the data models.
+
+        Raises:
+            ConversionError: if it cannot read them all.
+        """
         kinds: dict[str, int] = {}
         for subject in subjects:
             kinds |= subject.graph.spec.edge_kinds
@@ -212,6 +203,8 @@ class MetaJob(PruneJob):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
             network = MetaNetwork(MetaNetworkConfig(len(self.layout.columns), kinds, **size))
+        for subject in subjects:
+            network.check(subject.graph.spec)
         return network.to(self.device)
 
     def _no_better(self, done: int) -> bool:
@@ -255,48 +248,17 @@ class MetaJob(PruneJob):
 
         def look() -> dict[str, float]:
             with stage(self.run.log, "choosing", checkpoint=epoch):
-                models = [self.rewritten(index, epoch, self.recipe.finetune.after_meta) for index in self.judges]
-                accuracies = [evaluate(self.pruned_to_target(model), self.data.val).accuracy for model in models]
+                models = self.judged(epoch, self.recipe.finetune.after_meta)
+                accuracies = [evaluate(kind.pruned_to_target(m), kind.data.val).accuracy for kind, m in models]
             return {"validation_accuracy": sum(accuracies) / len(accuracies)}
 
         return self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]
 
-    def rewritten(self, index: int, epoch: int, tuning: Fit | None) -> nn.Module:
-        """A judge as a checkpoint makes it, fine-tuned; checkpoint 0 is no metanetwork."""
-        metanetwork = load_metanetwork(self.checkpoint(epoch))[0].to(self.device) if epoch else None
-        model = self.rewrite(self.judges[index], metanetwork, self.layout)
-        if tuning:
-            teacher = self.unpruned(index) if tuning.distill else None
-            self.fit(model, tuning, 400, f"fine-tuning after checkpoint {epoch}", teacher=teacher)
-        return model
 
-    def brief(self, images: int) -> Fit | None:
-        """A fine-tuning as in the recipe on so many images; 0: none."""
-        if not images:
-            return None
-        usual = self.recipe.finetune.after_meta or self.recipe.finetune.after_prune
-        if usual is None:
-            hint = "leave --finetune-images out, or give 0"
-            raise RecipeError("the recipe has no fine-tuning to be brief with", where=self.recipe.name, hint=hint)
-        steps = max(1, images // min(usual.batch_size, len(self.data.train)))
-        change = {"epochs": 1, "iterations": steps, "milestones": [], "images_per_epoch": None}
-        change["warmup"] = usual.warmup / usual.epochs  # the same share of the steps
-        return usual.model_copy(update=change)
-
-    def pruned_to_target(self, model: nn.Module) -> nn.Module:
-        """A data model pruned as far as the recipe says; its initial pruning lies behind it."""
-        target = self.recipe.prune.speed_up
-        return self.prune(model, target and max(target / self.initial_speed_up, 1.01)).model
-
-    def rewrite(self, model: nn.Module, metanetwork: MetaNetwork | None, layout: Layout) -> nn.Module:
-        """Network -> graph -> metanetwork -> graph -> network.
-
-        The batch norms keep their running statistics, unless the recipe recalibrates them after the metanetwork.
-        """
-        graph = self.graph(model, layout)
-        if metanetwork is None:
-            return to_model(graph)
-        with torch.no_grad():
-            model = to_model(metanetwork(graph))
-        self.recalibrate(model, self.recipe.finetune.recalibrate_after_meta)
-        return model
+@contextmanager
+def _named_kind(label: str) -> Iterator[None]:
+    """Errors inside name the kind of networks."""
+    try:
+        yield
+    except GmnError as error:
+        raise type(error)(f"data_models.also, {label}: {error}") from error

@@ -8,6 +8,7 @@ the new parameters are summed first (equal by linearity).
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,12 +46,25 @@ class Sparsity(Protocol):
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What is learnt from on a data model: images, their random changes, the weight of the sparsity loss."""
+
+    split: Split
+    augment: Augment | None
+    pruner_reg: float
+
+
+@dataclass(frozen=True)
 class DataModel:
-    """A network to learn on, with what stays the same over all steps: its graph and the scores' bookkeeping."""
+    """A network to learn on, with what stays the same over all steps: its graph and the scores' bookkeeping.
+
+    `lesson`: None, if it is that of the training.
+    """
 
     model: nn.Module
     graph: NetworkGraph
     importance: Sparsity
+    lesson: Lesson | None = None
 
 
 Item = list[tuple[DataModel, list[Batch]]]  # what a process does in a step
@@ -172,7 +186,7 @@ def train_metanetwork(
 
     Args:
         subjects: The data models; each step draws `config.models` of them, each with its share of the mini-batches.
-        split: The training images.
+        split, augment: The training images and their changes, of data models without a lesson of their own.
         start, optimizer: First epoch and restored optimizer, when a run is resumed.
         after_epoch: Called with the epoch and the optimizer, to save a checkpoint; True stops the training.
         bookmark: Where an epoch that takes long is kept, and goes on from.
@@ -222,12 +236,20 @@ def _items(
     augment: Augment | None,
     rng: torch.Generator,
 ) -> Iterator[Item]:
-    """What this process does in the steps of an epoch."""
-    size = min(config.batch_size, len(split))
-    stream = _endless(split, size, rng, augment, plan.parts(size))
+    """What this process does in the steps of an epoch; mini-batch i has images of data model i mod so many."""
+    usual = Lesson(split, augment, config.pruner_reg)
+    lessons = {id(own.split): own for own in (subject.lesson or usual for subject in subjects)}
+    size = min(config.batch_size, *(len(own.split) for own in lessons.values()))
+    parts, several = plan.parts(size), len(lessons) > 1
+    streams = {
+        key: _endless(own.split, size, rng, own.augment, None if several else parts) for key, own in lessons.items()
+    }
     for _ in range(config.steps_per_epoch):
         drawn = [subjects[index] for index in plan.draw(len(subjects), rng)]
-        big = [next(stream) for _ in range(config.batches)]
+        turns = itertools.islice(itertools.cycle(drawn), config.batches)
+        big = [next(streams[id((subject.lesson or usual).split)]) for subject in turns]
+        if several and parts:  # which part of a batch is read counts all batches, not those of a stream
+            big = [(images[part], labels[part]) for (images, labels), part in zip(big, parts, strict=False)]
         yield [(drawn[number], [own for own in big[number :: len(drawn)] if len(own[1])]) for number in plan.mine]
 
 
@@ -236,6 +258,8 @@ def _step(metanetwork: MetaNetwork, item: Item, config: MetaTrain, plan: Shares,
     sums: dict[str, float] = defaultdict(float)
     options = config.model_dump(include=set(STEP))
     for subject, own in item:
+        if subject.lesson:
+            options["pruner_reg"] = subject.lesson.pruner_reg
         found = meta_step(metanetwork, subject, own, **options, crew=plan.crew, pieces=pieces)
         for key, value in found.items():
             sums[key] += value

@@ -125,7 +125,8 @@ def reopened_metanetwork(folder: Path) -> MetaJob:
 def _named_by(recipe: AnyRecipe) -> list[str]:
     """The names of the recipe's networks."""
     of = recipe.entries.values() if isinstance(recipe, MatrixRecipe) else [recipe]
-    return [own.network.name for own in of]
+    kinds = [kind for own in of if isinstance(own, Recipe) for kind in own.data_models.also.values()]
+    return [own.network.name for own in (*of, *kinds)]
 
 
 def _learn_metanetwork(recipe: Recipe, run: Run, engine: Engine) -> Report:

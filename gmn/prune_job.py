@@ -45,8 +45,8 @@ class PruneJob(Job):
         dense: The layers that lose none, with the reason.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, data: Data | None = None) -> None:
-        super().__init__(recipe, run, data)
+    def __init__(self, recipe: Recipe, run: Run, data: Data | None = None, place: str = "") -> None:
+        super().__init__(recipe, run, data, place)
         self.recipe = recipe
         self.criterion = recipe.criterion.seeded(recipe.seed)
         preset = layouts()[recipe.graph.layout]
@@ -101,7 +101,7 @@ class PruneJob(Job):
 
     @property
     def _found(self) -> Path:
-        return self.run.folder / "initial.json"
+        return self.run.folder / self.place / "initial.json"
 
     def _find_initial(self, model: nn.Module, index: int) -> float:
         """The largest speed-up of a grid after which the network is as accurate on the validation images as before."""

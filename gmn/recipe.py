@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from gmn.errors import RecipeError
 from gmn.permission import NAMES_CODE, refuse_code
 from gmn.recipe_yaml import MOST_BYTES, Dumper, Key, Places, dotted_key, inside, parse
-from gmn.settings import Recipe
+from gmn.settings import MetaTrain, Recipe
 from gmn.settings_matrix import MatrixRecipe
 from gmn.settings_vote import VoteRecipe
 
@@ -61,6 +61,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, seed: int 
     for override in overrides:
         if override not in entries:
             callers += _override(content, places, override)
+    _write_out_kinds(content)
     content.setdefault("name", stem)
     kind = METHODS.get(method) if isinstance(method := content.get("method", "metanetwork"), str) else None
     if kind is None:
@@ -240,6 +241,30 @@ def _entry(
         expected, got = "metanetwork recipes", f"method: {reprlib.repr(entry['method'])} of {label}"
         raise RecipeError("no entry of a matrix", expected=expected, got=got, where=_place(["method"], where))
     return entry, where
+
+
+# Kinds of networks to learn on
+
+
+def _write_out_kinds(content: dict[str, Any]) -> None:
+    """Write every kind of `data_models.also` out in full: its own keys over those of the recipe, or of the entry."""
+    for recipe in (content, *_entries(content).values()):
+        models = recipe.get("data_models") if isinstance(recipe, dict) else None
+        also = models.get("also") if isinstance(models, dict) else None
+        if models and isinstance(also, dict):
+            shared = _shared(recipe, models)
+            models["also"] = {
+                label: _over(own, shared) if isinstance(own, dict) else own for label, own in also.items()
+            }
+
+
+def _shared(recipe: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says of its own kind of networks."""
+    shared = copy.deepcopy({key: recipe[key] for key in ("data", "network") if key in recipe})
+    shared["data_models"] = {key: value for key, value in models.items() if key != "also"}
+    if isinstance(training := recipe.get("meta_train"), dict):
+        shared["pruner_reg"] = training.get("pruner_reg", MetaTrain.model_fields["pruner_reg"].default)
+    return shared
 
 
 def _under(places: Places, key: Key) -> Places:

@@ -91,7 +91,7 @@ def meta_training(folder: Path, row: str = METANETWORK) -> dict[str, Spent]:
             return {name: Spent(**spent) for name, spent in entry["parts"].items()}
     found: dict[str, list[Spent]] = {}
     for line in lines(folder) if row == METANETWORK else ():
-        of_data = line["stage"] == "network" and str(line["network"]).startswith("data-models/")
+        of_data = line["stage"] == "network" and "data-models/" in str(line["network"])
         found.setdefault(DATA_MODELS if of_data else line["stage"], []).append(_spent(line))
     return {name: total(found[name]) for name in META_PARTS if name in found} if "meta-training" in found else {}
 

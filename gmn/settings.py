@@ -2,118 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, Strict, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from gmn.permission import NAMES_CODE
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
+from gmn.settings_network import CodeName, Data, DataModels, Network, PathLike
 from gmn.settings_pattern import Removal
 from gmn.settings_report import Baseline, distinct, labelled
 
-PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
-CodeName = Annotated[str, NAMES_CODE]
 DEVICES = r"auto|cpu|cuda(:\d+)?"
 NAME = re.compile(r"(?!\.)[^/\\\[\]]{1,100}")
-
-
-class Augment(Section):
-    """Random changes of the training images."""
-
-    crop: int = Field(default=0, ge=0, description="pixels of padding before a random crop; 0: off")
-    flip: bool = Field(default=False, description="mirror half of the images left to right")
-
-
-class Data(Section):
-    """The images that the networks learn from.
-
-    Relative paths count from the directory that gmn is started in, not from the recipe's.
-    """
-
-    name: CodeName = Field(min_length=1, description="digits, cifar10, parquet, imagefolder, pkg.mod:fn, ...")
-    root: PathLike | None = Field(default=None, description="folder that holds the data")
-    download: bool = Field(default=False, description="fetch the data when it is missing")
-    train: str | None = Field(default=None, description="parquet files of the training images, a glob")
-    test: str | None = Field(default=None, description="parquet files of the test images, a glob")
-    image: str = Field(default="img", description="parquet column of the image")
-    label: str = Field(default="label", description="parquet column of the class")
-    parent: str | None = Field(default=None, description="parquet column of the parent class, for similarities")
-    validation: float = Field(
-        default=0.1, gt=0, lt=1, description="share of the training images held out to choose with"
-    )
-    validation_from: Literal["train", "test"] = Field(
-        default="train", description="train: that share of the training images; test: every other test image"
-    )
-    mean: list[float] | None = Field(default=None, description="per channel, subtracted; null: the data set's own")
-    std: list[float] | None = Field(default=None, description="per channel, divided by; null: the data set's own")
-    limit: int | None = Field(default=None, ge=1, description="use at most so many images of each split")
-    size: int | None = Field(default=None, ge=1, description="scale images to so many pixels a side")
-    augment: Augment = Field(default_factory=Augment, description="random changes of the training images")
-
-    @model_validator(mode="after")
-    def _files_are_parquet(self) -> Data:
-        if (self.train or self.test) and self.name != "parquet" and ":" not in self.name:
-            raise ValueError(f"train and test name parquet files, and name is {self.name}: give name: parquet, or null")
-        return self
-
-    @model_validator(mode="after")
-    def _mean_with_std(self) -> Data:
-        if len(self.mean or []) != len(self.std or []):
-            raise ValueError("mean and std must come together, one number per channel each")
-        if any(value <= 0 for value in self.std or []):
-            raise ValueError("std must be above 0 in every channel")
-        return self
-
-
-class Network(Section):
-    """The network to make smaller."""
-
-    name: CodeName = Field(min_length=1, description="cifar.resnet20, torchvision.X, timm.X or pkg.mod:fn")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the builder")
-    weights: PathLike | None = Field(default=None, description="state dict to start from")
-
-    @property
-    def may_be_trained(self) -> bool:
-        """Whether the network can arrive with trained weights, from a file or from its builder.
-
-        >>> Network(name="timm.resnet18", options={"pretrained": True}).may_be_trained
-        True
-        """
-        from_options = self.options.get("weights") or self.options.get("pretrained")
-        return bool(self.weights or from_options or ":" in self.name)
-
-
-class DataModels(Section):
-    """The networks that the metanetwork learns on."""
-
-    train: int = Field(default=1, ge=1, description="networks to learn on")
-    val: int = Field(default=0, ge=0, description="held-out networks that choose the checkpoint; 0: the train ones")
-    fit: Fit | None = Field(default=None, description="their training; null: network.weights as they are")
-    initial_speed_up: float | Literal["auto"] = Field(
-        default=1.0, description="pruning before all else; 1: none; auto: the largest that costs no validation accuracy"
-    )
-    initial_tolerance: float = Field(
-        default=0.0, ge=0, description="points (percent) of validation accuracy that auto may cost"
-    )
-    initial_fit: Fit | None = Field(default=None, description="fine-tuning after the initial pruning")
-
-    @field_validator("initial_speed_up", mode="plain")
-    @classmethod
-    def _number_or_auto(cls, value: Any) -> float | Literal["auto"]:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value != "auto" and not (number and 1 <= value < math.inf):
-            raise ValueError(f"expected a number of at least 1, or auto; got {value!r}")
-        return float(value) if number else "auto"
-
-    @model_validator(mode="after")
-    def _tolerance_of_auto(self) -> DataModels:
-        if self.initial_tolerance and self.initial_speed_up != "auto":
-            raise ValueError("initial_tolerance goes with initial_speed_up: auto")
-        return self
 
 
 class Graph(Section):
@@ -346,42 +247,55 @@ class Recipe(Common):
         """The speed-ups that the rows are pruned to, the smallest first; [None] where single weights go."""
         return [None] if self.prune.speed_up is None else sorted({self.prune.speed_up, *self.report.speed_ups})
 
-    @model_validator(mode="after")
-    def _something_trains(self) -> Recipe:
-        if self.data_models.fit is None and not self.network.may_be_trained:
-            raise ValueError(
-                "nothing trains the network: give trained weights in network.weights, or a training in data_models.fit"
-            )
-        return self
+    def of_kind(self, label: str) -> Recipe:
+        """The recipe for networks of another kind (`data_models.also`): with their images, training and weight."""
+        kind = self.data_models.also[label]
+        weight = self.meta_train.model_copy(update={"pruner_reg": kind.pruner_reg})
+        own = {"data": kind.data, "network": kind.network, "data_models": kind.data_models, "meta_train": weight}
+        return self.model_copy(update=own)
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
+    def _something_to_learn_on(self) -> Recipe:
+        also = self.data_models.also
+        for found in self._wrong():
+            raise ValueError(found)
+        for label in also:
+            for found in self.of_kind(label)._wrong():
+                raise ValueError(f"data_models.also, {label}: {found}")
+        most = self.data_models.train + sum(kind.data_models.train for kind in also.values())
+        if self.meta_train.models > most:
+            raise ValueError(f"meta_train.models: there are {most} data models to learn on (data_models.train)")
+        if also and self.prune.votes:
+            raise ValueError("prune.votes are of one network: they do not go with data_models.also")
+        return self
+
+    def _wrong(self) -> Iterator[str]:
+        """What does not go together in the networks to learn on."""
         models, initial = self.data_models, self.data_models.initial_speed_up
-        if models.train + models.val > 1 and not (models.fit or models.initial_fit or ":" in self.network.name):
-            raise ValueError(
-                "several data models without a training are all the same: give data_models.fit, or train 1"
+        if models.fit is None and not self.network.may_be_trained:
+            yield (
+                "nothing trains the network: give trained weights in network.weights, or a training in data_models.fit"
             )
-        if self.meta_train.models > models.train:
-            raise ValueError(f"meta_train.models: there are {models.train} data models to learn on (data_models.train)")
+        if models.train + models.val > 1 and not (models.fit or models.initial_fit or ":" in self.network.name):
+            yield "several data models without a training are all the same: give data_models.fit, or train 1"
+        if models.fit and models.fit.distill:
+            yield "data_models.fit trains the unpruned network itself: nothing to distil from"
         if initial != 1 and self.prune.votes:
-            raise ValueError("prune.votes are of the whole network: they do not go with data_models.initial_speed_up")
+            yield "prune.votes are of the whole network: they do not go with data_models.initial_speed_up"
         if not self.prune.of_channels and (initial != 1 or self.report.speed_ups):
             name = "report.speed_ups" if initial == 1 else "data_models.initial_speed_up"
             hint = f"leave it out with prune.pattern {self.prune.pattern}, or set it to {'[]' if initial == 1 else '1'}"
-            raise ValueError(f"{name} removes channels: {hint}")
+            yield f"{name} removes channels: {hint}"
         least = self.targets[0]
         if least is not None and initial != "auto" and initial >= least:
             name = "prune.speed_up" if least == self.prune.speed_up else "report.speed_ups"
-            raise ValueError(
+            yield (
                 f"{name} ({least:g}) counts from before the initial pruning"
                 f" and must be above data_models.initial_speed_up ({initial:g})"
             )
-        return self
 
     @model_validator(mode="after")
     def _fits_have_what_they_need(self) -> Recipe:
-        if self.data_models.fit and self.data_models.fit.distill:
-            raise ValueError("data_models.fit trains the unpruned network itself: nothing to distil from")
         sparse = [row for row in self.report.baselines if row.endswith("sparse")]
         if sparse and self.finetune.after_meta is None:
             raise ValueError(f"{sparse[0]} of report.baselines trains sparsely in finetune.after_meta: give it")

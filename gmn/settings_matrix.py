@@ -10,8 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from gmn.names import nearest
 from gmn.settings import Recipe, Report
 from gmn.settings_fit import Section
+from gmn.settings_network import LABEL
 
-LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 OWN = "own"
 """Instead of columns, and the name of the one there is then: each network with what its own entry learnt."""
 RESERVED = (OWN, "network", "base", "none", *get_args(get_args(Report.model_fields["baselines"].annotation)[0]))

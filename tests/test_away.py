@@ -103,7 +103,13 @@ MATRIX = """
 method: matrix
 common: {base: quickstart}
 entries:
-  narrow: {}
+  narrow: # and in the same metanetwork another kind, whose images are of another size
+    data_models:
+      also:
+        wide:
+          data: {size: 10}
+          network: {options: {width: 8, shortcut: B}, weights: w8.pt}
+          data_models: {fit: null}
   wide: {network: {options: {width: 8, shortcut: B}, weights: w8.pt}, data_models: {fit: null}}
 """
 
