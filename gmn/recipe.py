@@ -71,8 +71,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, seed: int 
         recipe = kind.model_validate(content)
     except ValidationError as error:
         raise _explain(error.errors(), places, kind) from None
-    for key, name in _functions(recipe):
-        if not any(key[: len(own)] == own for own in callers):
+    functions = list(_functions(recipe))
+    said = {name for key, name in functions if any(key[: len(own)] == own for own in callers)}
+    for key, name in functions:
+        if name not in said:  # what a caller says of a network, its other kinds may have from it
             refuse_code(name, dotted_key(key), _place(key, places), RecipeError)
     return recipe
 

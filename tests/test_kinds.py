@@ -104,6 +104,21 @@ def test_a_kind_has_no_kinds_of_its_own(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.yaml")
 
 
+def test_code_that_a_kind_names(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: quickstart\ndata_models: {also: {wide: {data: {size: 16}}}}\n")
+    found = load_recipe(path, ["network.name=own:build"])  # the caller's own word, for all kinds
+    assert isinstance(found, Recipe)
+    assert found.data_models.also["wide"].network.name == "own:build"
+    path.write_text("base: quickstart\ndata_models: {also: {wide: {network: {name: 'own:build'}}}}\n")
+    with pytest.raises(
+        GmnError, match=r"data_models\.also\.wide\.network\.name wants to run code: got 'own:build'; in "
+    ):
+        load_recipe(path)
+    with pytest.raises(GmnError, match="wants to run code: got 'own:build'"):
+        load_recipe(path, ["network.name=another:build"])
+
+
 def test_votes_are_of_one_network() -> None:
     with pytest.raises(GmnError, match=r"prune.votes are of one network"):
         recipe("prune.votes=zoo", "data_models.initial_speed_up=1")
