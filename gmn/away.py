@@ -20,7 +20,6 @@ from gmn.jsonl import append_line, entries
 from gmn.processes import is_left_over
 from gmn.progress import say, track
 from gmn.settings import Recipe
-from gmn.settings_network import Network
 
 Job = TypeVar("Job")
 Files = dict[str, bytes]
@@ -126,30 +125,18 @@ def _order(path: str) -> tuple[int, str]:
 
 
 def weights_of(recipe: Recipe, label: str = "") -> Files:
-    """The files that a recipe takes its networks' weights from, if it does; to be sent along."""
+    """The file that a recipe takes its network's weights from, if it does; to be sent along."""
     path = recipe.network.weights
-    files = {} if path is None else {str(_place(path, label)): Path(path).read_bytes()}
-    for kind in recipe.data_models.also:
-        files |= weights_of(recipe.of_kind(kind), f"{label}/{kind}")
-    return files
+    return {} if path is None else {str(_place(path, label)): Path(path).read_bytes()}
 
 
 def with_weights_in(folder: Path, recipe: Recipe, label: str = "") -> Recipe:
     """The recipe, taking the weights from the copy."""
-    also = {
-        kind: own.model_copy(update={"network": _from_copy(folder, own.network, f"{label}/{kind}")})
-        for kind, own in recipe.data_models.also.items()
-    }
-    models = recipe.data_models.model_copy(update={"also": also})
-    return recipe.model_copy(update={"network": _from_copy(folder, recipe.network, label), "data_models": models})
-
-
-def _from_copy(folder: Path, network: Network, label: str) -> Network:
-    return (
-        network
-        if network.weights is None
-        else network.model_copy(update={"weights": folder / _place(network.weights, label)})
-    )
+    path = recipe.network.weights
+    if path is None:
+        return recipe
+    network = recipe.network.model_copy(update={"weights": folder / _place(path, label)})
+    return recipe.model_copy(update={"network": network})
 
 
 def _place(path: str | Path, label: str) -> Path:

@@ -75,6 +75,21 @@ MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError
 """What code raises that meets content of another form than it expects, such as that of a file."""
 
 
+@contextmanager
+def within(what: str) -> Iterator[None]:
+    """Errors of gmn that are raised inside begin with what they concern.
+
+    >>> with within("entry wide"):
+    ...     raise GmnError("no such device")
+    Traceback (most recent call last):
+    gmn.errors.GmnError: entry wide: no such device
+    """
+    try:
+        yield
+    except GmnError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
 def one_line(problem: BaseException) -> str:
     """The kind and the first line of an error; gmn's own errors speak for themselves."""
     first = (str(problem).strip().splitlines() or [""])[0]

@@ -33,7 +33,7 @@ class Job:
         recipe: What to do.
         run: The run folder.
         data: The recipe's data, if they are loaded already.
-        place: Where in the run folder networks are kept.
+        place: Where in the run folder networks are kept; its name is in titles and messages.
     """
 
     def __init__(self, recipe: Common, run: Run, data: Data | None = None, place: str = "") -> None:
@@ -48,6 +48,10 @@ class Job:
             "in_channels": self.data.input_shape[0],
             "options": recipe.network.options,
         }
+
+    def titled(self, text: str) -> str:
+        """With the name of the place in front, if it is not the run folder itself."""
+        return f"{self.place.name}: {text}" if self.place.name else text
 
     def seed(self, index: int) -> int:
         """The seed of network `index`."""
@@ -88,7 +92,7 @@ class Job:
 
     def fit(self, model: nn.Module, settings: Fit, index: int, title: str, **more: Any) -> None:
         """Train in place with the recipe's augmentation; `more` (teacher, regularize) goes to `gmn.training.fit`."""
-        title = f"{self.place.name}: {title}" if self.place.name else title
+        title = self.titled(title)
         own = {"seed": self.seed(index), "augment": self.augment, "title": title}
         own["bookmark"] = self.bookmark(self.beginning(model, settings, index, title))
         fit(model, self.data.train, settings, **own, log=self.run.logger("fit", title=title), **more)

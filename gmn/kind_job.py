@@ -26,12 +26,7 @@ from gmn.weight_masks import WeightSparsity, reasons
 
 
 class KindJob(PruneJob):
-    """The data models of a recipe at work in a run folder, or those of another kind (`data_models.also`)."""
-
-    @property
-    def lesson(self) -> Lesson:
-        """What the metanetwork learns from on these networks."""
-        return Lesson(self.data.train, self.augment, self.recipe.meta_train.pruner_reg)
+    """The data models of a recipe at work in a run folder: its own kind (`MetaJob`), or one of `data_models.also`."""
 
     def refuse_uneven(self) -> None:
         """TrainingError if several processes cannot share a training of the recipe, before the first one begins."""
@@ -51,7 +46,7 @@ class KindJob(PruneJob):
             self._cut(model, target, before)
         self._find_weights(model)
         if self.dense:
-            say(f"stay dense: {reasons(self.dense)}")
+            say(self.titled(f"stay dense: {reasons(self.dense)}"))
 
     def data_model(self, index: int) -> nn.Module:
         """A network for the metanetwork to learn on."""
@@ -82,8 +77,9 @@ class KindJob(PruneJob):
 
     def subjects(self) -> list[DataModel]:
         """All that there are to learn on, with what is learnt from on them."""
+        lesson = Lesson(self.data.train, self.augment, self.recipe.meta_train.pruner_reg)
         models = map(self.data_model, range(self.recipe.data_models.train))
-        return [replace(self.subject(model), lesson=self.lesson) for model in models]
+        return [replace(self.subject(model), lesson=lesson) for model in models]
 
     def brief(self, images: int) -> Fit | None:
         """A fine-tuning as in the recipe on so many images; 0: none."""

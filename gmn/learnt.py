@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gmn.api import metanetwork_path
 from gmn.builder import Layout
 from gmn.checkpoint import load_metanetwork
-from gmn.errors import CheckpointError, GmnError
+from gmn.errors import CheckpointError, within
 from gmn.metanetwork import MetaNetwork
 from gmn.run import METANETWORK_FILE, Run, is_run, reading
 from gmn.run_cost import LEARNT, METANETWORK, meta_training
@@ -46,13 +45,9 @@ def adopt(run: Run, row: str, path: Path) -> None:
     run.recorded(LEARNT, {"row": row}, lambda: {"from": str(path), "parts": _costs(source, run.folder)})
 
 
-@contextmanager
-def named(label: str) -> Iterator[None]:
+def named(label: str) -> AbstractContextManager[None]:
     """Errors inside name the recipe's further row."""
-    try:
-        yield
-    except GmnError as error:
-        raise CheckpointError(f"report.metanetworks, {label!r}: {error}") from error
+    return within(f"report.metanetworks, {label!r}")
 
 
 def _costs(metanetwork: Path, mine: Path) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ from typing import Any
 from gmn.away import share
 from gmn.checkpoint import save_json
 from gmn.engine import HERE, Engine
-from gmn.errors import ConversionError, GmnError
+from gmn.errors import ConversionError, within
 from gmn.matrix_runs import Key, Runs, elsewhere, outside_of, paths_of
 from gmn.meta_job import MetaJob
 from gmn.run import Run, is_run, load_report
@@ -86,11 +86,8 @@ class Matrix:
         jobs: dict[str, MetaJob] = {}
         with TemporaryDirectory() as folder:
             for label in self.recipe.used:
-                try:
-                    with Run(Path(folder) / label, "") as run:
-                        jobs[label] = self.runs.learner(label, run)
-                except GmnError as error:
-                    raise type(error)(f"entry {label}: {error}") from error
+                with within(f"entry {label}"), Run(Path(folder) / label, "") as run:
+                    jobs[label] = self.runs.learner(label, run)
             for row, column in self.recipe.cells:
                 _meet(row, jobs[row], column, jobs[column])
 

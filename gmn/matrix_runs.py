@@ -99,14 +99,16 @@ class Runs:
     ) -> MetaJob:
         if self.copied:
             recipe = with_weights_in(self.folder, recipe, label)
+            recipe = _with_kinds_in(self.folder, recipe, label) if learns else recipe
         device = choose_device(recipe.device)
-        loaded = {kind: self._data_of(own).to(device) for kind, own in _kinds_of(recipe).items()} if learns else {}
+        loaded = {kind: self._data_of(own).to(device) for kind, own in kinds_of(recipe).items()} if learns else {}
         return MetaJob(recipe, run, learnt, data=self._data_of(recipe).to(device), loaded=loaded, learns=learns)
 
     def data(self) -> Loaded:
         """What all entries need, on the CPU."""
-        entries = [self.recipe.entries[label] for label in self.recipe.used]
-        recipes = [own for recipe in entries for own in (recipe, *_kinds_of(recipe).values())]
+        learners = [self.recipe.entries[label] for label in self.recipe.metanetworks]
+        recipes = [self.recipe.entries[label] for label in self.recipe.used]
+        recipes += [own for recipe in learners for own in kinds_of(recipe).values()]
         return {_key_of(recipe): self._data_of(recipe).to(torch.device("cpu")) for recipe in recipes}
 
     def _data_of(self, recipe: Recipe) -> Data:
@@ -120,8 +122,16 @@ def _key_of(recipe: Recipe) -> str:
     return recipe.model_dump_json(include={"data", "seed", "device"})
 
 
-def _kinds_of(recipe: Recipe) -> dict[str, Recipe]:
-    return {label: recipe.of_kind(label) for label in recipe.data_models.also}
+def kinds_of(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe for every other kind of networks that it learns on, by label."""
+    return {kind: recipe.of_kind(kind) for kind in recipe.data_models.also}
+
+
+def _with_kinds_in(folder: Path, recipe: Recipe, label: str) -> Recipe:
+    """The recipe, with its other kinds taking their weights from the copy."""
+    own = {kind: with_weights_in(folder, found, f"{label}/{kind}") for kind, found in kinds_of(recipe).items()}
+    also = {k: kind.model_copy(update={"network": own[k].network}) for k, kind in recipe.data_models.also.items()}
+    return recipe.model_copy(update={"data_models": recipe.data_models.model_copy(update={"also": also})})
 
 
 def elsewhere(recipe: MatrixRecipe, data: Loaded, folder: Path, key: Key) -> None:
@@ -145,6 +155,8 @@ def outside_of(recipe: MatrixRecipe) -> Files:
     for label in recipe.used:
         own = recipe.entries[label]
         files |= weights_of(own, label)
+        for kind, other in kinds_of(own).items() if label in recipe.metanetworks else ():
+            files |= weights_of(other, f"{label}/{kind}")
         for row, path in own.report.metanetworks.items():
             files[f"entries/{label}/metanetworks/{row}.safetensors"] = metanetwork_path(path).read_bytes()
     return files

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from gmn.costs import cost
 from gmn.criteria import refuse_no_loss
 from gmn.data import Data
 from gmn.distributed import team
-from gmn.errors import MALFORMED, CheckpointError, GmnError, of_machine, one_line
+from gmn.errors import MALFORMED, CheckpointError, of_machine, one_line, within
 from gmn.kind_job import KindJob
 from gmn.learnt import Learnt, adopt, further, named
 from gmn.library_pruner import prune_with
@@ -33,6 +32,7 @@ from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.progress import say, track
 from gmn.run import METANETWORK_FILE, Run
 from gmn.settings import Fit, Recipe
+from gmn.settings_network import Data as Images
 from gmn.stages import stage
 from gmn.trace import clone
 from gmn.training import evaluate, make_optimizer
@@ -68,6 +68,8 @@ class MetaJob(KindJob):
         super().__init__(recipe, run, data)
         self.loaded = loaded or {}
         self.refuse_uneven()
+        if learns:
+            shares_of(recipe.meta_train, team())
         self.further = further(recipe, run)
         self._rehearse(learnt)
         if learns:
@@ -79,13 +81,14 @@ class MetaJob(KindJob):
     @cached_property
     def kinds(self) -> list[KindJob]:
         """The kinds of networks to learn on and to be judged by: the recipe's, and those of `data_models.also`."""
-        return [self, *(self._kind(label) for label in self.recipe.data_models.also)]
-
-    def _kind(self, label: str) -> KindJob:
-        own = self.recipe.of_kind(label)
-        data = self.data if own.data == self.recipe.data else self.loaded.get(label)
-        with _named_kind(label):
-            return KindJob(own, self.run, data, f"also/{label}")
+        found: list[KindJob] = [self]
+        for label in self.recipe.data_models.also:
+            own = self.recipe.of_kind(label)
+            same = (kind.data for kind in found if _same_images(kind.recipe.data, own.data))
+            data = self.loaded.get(label) or next(same, None)
+            with within(f"data_models.also, {label}"):
+                found.append(KindJob(own, self.run, data, f"also/{label}"))
+        return found
 
     def _rehearse(self, learnt: Learnt | None) -> None:
         """Meet the metanetworks, the library and the target once, before hours of training end in an error."""
@@ -102,14 +105,13 @@ class MetaJob(KindJob):
         self.rehearse(model, before)
 
     def _rehearse_learning(self) -> None:
-        """The same of the other kinds, and of what several processes share; GmnError names the kind."""
-        shares_of(self.recipe.meta_train, team())
+        """The same of the other kinds; GmnError names the kind."""
         for label, kind in zip(self.recipe.data_models.also, self.kinds[1:], strict=True):
-            with _named_kind(label):
+            with within(f"data_models.also, {label}"):
                 kind.refuse_uneven()
                 model = kind.built(0)
                 kind.rehearse(model, cost(model, kind.example))
-                self.new_metanetwork([self.subject(self.built(0)), kind.subject(model)])
+                kind.subject(model)
 
     def checkpoint(self, epoch: int) -> Path:
         """Where the metanetwork of an epoch is saved."""
@@ -191,11 +193,7 @@ class MetaJob(KindJob):
                 yield kind, kind.rewritten(index, metanetwork, tuning, f"checkpoint {epoch}")
 
     def new_metanetwork(self, subjects: list[DataModel]) -> MetaNetwork:
-        """An untrained metanetwork with an encoder for every kind of edge in the data models.
-
-        Raises:
-            ConversionError: if it cannot read them all.
-        """
+        """An untrained metanetwork with an encoder for every kind of edge in the data models."""
         kinds: dict[str, int] = {}
         for subject in subjects:
             kinds |= subject.graph.spec.edge_kinds
@@ -203,8 +201,6 @@ class MetaJob(KindJob):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
             network = MetaNetwork(MetaNetworkConfig(len(self.layout.columns), kinds, **size))
-        for subject in subjects:
-            network.check(subject.graph.spec)
         return network.to(self.device)
 
     def _no_better(self, done: int) -> bool:
@@ -255,10 +251,5 @@ class MetaJob(KindJob):
         return self.run.recorded("select", {"epoch": epoch}, look)["validation_accuracy"]
 
 
-@contextmanager
-def _named_kind(label: str) -> Iterator[None]:
-    """Errors inside name the kind of networks."""
-    try:
-        yield
-    except GmnError as error:
-        raise type(error)(f"data_models.also, {label}: {error}") from error
+def _same_images(one: Images, other: Images) -> bool:
+    return one.model_copy(update={"augment": other.augment}) == other

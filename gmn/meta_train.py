@@ -236,20 +236,22 @@ def _items(
     augment: Augment | None,
     rng: torch.Generator,
 ) -> Iterator[Item]:
-    """What this process does in the steps of an epoch; mini-batch i has images of data model i mod so many."""
+    """What this process does in the steps of an epoch; mini-batch i has images of data model i mod so many.
+
+    Every lesson has a stream of its own. A process reads its part of each batch where all batches of a step are of one
+    stream; otherwise whole batches, those of its own data models.
+    """
     usual = Lesson(split, augment, config.pruner_reg)
-    lessons = {id(own.split): own for own in (subject.lesson or usual for subject in subjects)}
-    size = min(config.batch_size, *(len(own.split) for own in lessons.values()))
-    parts, several = plan.parts(size), len(lessons) > 1
-    streams = {
-        key: _endless(own.split, size, rng, own.augment, None if several else parts) for key, own in lessons.items()
-    }
+    lessons = {id(own): own for own in (subject.lesson or usual for subject in subjects)}
+    whole = len(lessons) > 1 and plan.models > 1
+    streams: dict[int, Iterator[Batch]] = {}
+    for key, own in lessons.items():
+        size = min(config.batch_size, len(own.split))
+        streams[key] = _endless(own.split, size, rng, own.augment, None if whole else plan.parts(size))
     for _ in range(config.steps_per_epoch):
         drawn = [subjects[index] for index in plan.draw(len(subjects), rng)]
         turns = itertools.islice(itertools.cycle(drawn), config.batches)
-        big = [next(streams[id((subject.lesson or usual).split)]) for subject in turns]
-        if several and parts:  # which part of a batch is read counts all batches, not those of a stream
-            big = [(images[part], labels[part]) for (images, labels), part in zip(big, parts, strict=False)]
+        big = [next(streams[id(subject.lesson or usual)]) for subject in turns]
         yield [(drawn[number], [own for own in big[number :: len(drawn)] if len(own[1])]) for number in plan.mine]
 
 
@@ -258,8 +260,7 @@ def _step(metanetwork: MetaNetwork, item: Item, config: MetaTrain, plan: Shares,
     sums: dict[str, float] = defaultdict(float)
     options = config.model_dump(include=set(STEP))
     for subject, own in item:
-        if subject.lesson:
-            options["pruner_reg"] = subject.lesson.pruner_reg
+        options["pruner_reg"] = (subject.lesson or config).pruner_reg
         found = meta_step(metanetwork, subject, own, **options, crew=plan.crew, pieces=pieces)
         for key, value in found.items():
             sums[key] += value

@@ -117,11 +117,12 @@ class PruneJob(Job):
             score = evaluate(pruned.model, self.data.val).accuracy
             enough = score >= before - settings.initial_tolerance / 100 - 1e-9 and pruned.speed_up < target
             facts = {"validation_accuracy": score, "unpruned": before, "accepted": enough}
+            facts |= {"kind": self.place.name} if self.place.name else {}
             self.run.log("initial", network=index, wanted=speed_up, speed_up=pruned.speed_up, **facts)
             return enough
 
         found = largest(candidates(target), accepts)
-        say(f"initial pruning: {found:g}x, validation accuracy {before:.2%} before")
+        say(self.titled(f"initial pruning: {found:g}x, validation accuracy {before:.2%} before"))
         return found
 
     # -- pruning -------------------------------------------------------------------------------------------------------

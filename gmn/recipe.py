@@ -61,6 +61,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, seed: int 
     for override in overrides:
         if override not in entries:
             callers += _override(content, places, override)
+    said = {text for key in callers for text in _texts(_at(content, key))}  # ahead of what kinds have from the file
     _write_out_kinds(content)
     content.setdefault("name", stem)
     kind = METHODS.get(method) if isinstance(method := content.get("method", "metanetwork"), str) else None
@@ -71,10 +72,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, seed: int 
         recipe = kind.model_validate(content)
     except ValidationError as error:
         raise _explain(error.errors(), places, kind) from None
-    functions = list(_functions(recipe))
-    said = {name for key, name in functions if any(key[: len(own)] == own for own in callers)}
-    for key, name in functions:
-        if name not in said:  # what a caller says of a network, its other kinds may have from it
+    for key, name in _functions(recipe):
+        own = "also" in key or any(key[: len(caller)] == caller for caller in callers)  # a kind has what the recipe has
+        if not (own and name in said):
             refuse_code(name, dotted_key(key), _place(key, places), RecipeError)
     return recipe
 
@@ -132,6 +132,18 @@ def _functions(value: object, key: Key = ()) -> Iterator[tuple[Key, str]]:
             yield from _functions(item, (*key, name))
 
 
+def _at(content: object, key: Key) -> object:
+    for name in key:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a value, wherever they stand."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    yield from [value] if isinstance(value, str) else (text for item in inner for text in _texts(item))
+
+
 # Finding
 
 
@@ -146,7 +158,7 @@ def _builtins(folder: Traversable, prefix: str = "") -> Iterator[str]:
 def _find(source: str) -> tuple[str, str, str]:
     """Text of the recipe, the name to show in errors, and the default name of the run."""
     names = builtin_recipes()
-    if Path(source).is_file():
+    if _is_file(Path(source)):
         place: Path | Traversable = Path(source)
     elif source in names:
         place = resources.files("gmn.recipes").joinpath(*f"{source}.yaml".split("/"))
@@ -162,6 +174,13 @@ def _find(source: str) -> tuple[str, str, str]:
     if len(text) > MOST_BYTES:
         raise RecipeError("not a recipe: too long", expected=f"{MOST_BYTES:,} characters at most", where=source)
     return text, source if isinstance(place, Path) else f"{source}.yaml", PurePath(place.name).stem
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False
 
 
 def _read(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], Places, str]:
@@ -185,7 +204,7 @@ def _over_base(
         expected = "the name or path of another recipe"
         raise RecipeError("bad 'base'", expected=expected, got=reprlib.repr(base), where=where)
     beside = Path(where.rpartition(":")[0]).parent / base
-    under, below, _ = _read(str(beside) if beside.is_file() else base, (*seen, shown))
+    under, below, _ = _read(str(beside) if _is_file(beside) else base, (*seen, shown))
     under.pop("name", None)
     return _over(content, under), {**below, **places}
 
@@ -264,9 +283,8 @@ def _shared(recipe: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
     """What a recipe says of its own kind of networks."""
     shared = copy.deepcopy({key: recipe[key] for key in ("data", "network") if key in recipe})
     shared["data_models"] = {key: value for key, value in models.items() if key != "also"}
-    if isinstance(training := recipe.get("meta_train"), dict):
-        shared["pruner_reg"] = training.get("pruner_reg", MetaTrain.model_fields["pruner_reg"].default)
-    return shared
+    training, usual = recipe.get("meta_train"), MetaTrain.model_fields["pruner_reg"].default
+    return shared | {"pruner_reg": training.get("pruner_reg", usual) if isinstance(training, dict) else usual}
 
 
 def _under(places: Places, key: Key) -> Places:

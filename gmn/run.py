@@ -4,6 +4,7 @@ recipe.yaml        the resolved recipe          metrics.jsonl    what was measur
 environment.json   versions, machine            checkpoints/     metanetworks, one per epoch
 data-models/ models/                            networks, each `model.json` and `weights.safetensors`
 models/first/ models/2x/                        of several speed-ups: what they share, and the further ones
+also/LABEL/data-models/                         networks of other kinds that were learnt on
 initial.json                                    the initial speed-up, if it was found
 metanetwork.safetensors                         the chosen metanetwork
 metanetworks/                                   those of further rows

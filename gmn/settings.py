@@ -252,7 +252,7 @@ class Recipe(Common):
         kind = self.data_models.also[label]
         weight = self.meta_train.model_copy(update={"pruner_reg": kind.pruner_reg})
         own = {"data": kind.data, "network": kind.network, "data_models": kind.data_models, "meta_train": weight}
-        return self.model_copy(update=own)
+        return self.model_copy(update={**own, "report": self.report.model_copy(update={"speed_ups": []})})
 
     @model_validator(mode="after")
     def _something_to_learn_on(self) -> Recipe:

@@ -131,12 +131,15 @@ class DataModels(Section):
 
 
 class Kind(Section):
-    """Another kind of network for a metanetwork to learn on; all else is as in the recipe."""
+    """Another kind of network for a metanetwork to learn on; all else is as in the recipe.
+
+    So the layers that `prune.keep` and `prune.limits` name must be in it too.
+    """
 
     data: Data = Field(description="the images")
     network: Network = Field(description="the network")
     data_models: DataModels = Field(description="how many to learn on, and their training")
-    pruner_reg: float = Field(gt=0, description="weight of the sparsity loss on this kind")
+    pruner_reg: float = Field(ge=0, description="weight of the sparsity loss on this kind")
 
 
 DataModels.model_rebuild()

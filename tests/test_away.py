@@ -109,7 +109,7 @@ entries:
         wide:
           data: {size: 10}
           network: {options: {width: 8, shortcut: B}, weights: w8.pt}
-          data_models: {fit: null}
+          data_models: {fit: null, val: 0}
   wide: {network: {options: {width: 8, shortcut: B}, weights: w8.pt}, data_models: {fit: null}}
 """
 

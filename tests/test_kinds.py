@@ -19,12 +19,9 @@ import pytest
 import torch
 import yaml
 from conftest import TINY
-from safetensors.torch import save_file
 
 import gmn
 from gmn import meta_train, pipeline
-from gmn.away import weights_of, with_weights_in
-from gmn.checkpoint import save_bytes
 from gmn.checkpoint_search import search
 from gmn.data import Data
 from gmn.distributed import Team
@@ -104,19 +101,48 @@ def test_a_kind_has_no_kinds_of_its_own(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.yaml")
 
 
-def test_code_that_a_kind_names(tmp_path: Path) -> None:
+def test_code_that_the_caller_names_may_be_a_kinds(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: quickstart\ndata_models: {also: {wide: {data: {size: 16}}}}\n")
-    found = load_recipe(path, ["network.name=own:build"])  # the caller's own word, for all kinds
+    found = load_recipe(path, ["network.name=own:build"])
     assert isinstance(found, Recipe)
     assert found.data_models.also["wide"].network.name == "own:build"
-    path.write_text("base: quickstart\ndata_models: {also: {wide: {network: {name: 'own:build'}}}}\n")
-    with pytest.raises(
-        GmnError, match=r"data_models\.also\.wide\.network\.name wants to run code: got 'own:build'; in "
-    ):
-        load_recipe(path)
-    with pytest.raises(GmnError, match="wants to run code: got 'own:build'"):
-        load_recipe(path, ["network.name=another:build"])
+
+
+@pytest.mark.parametrize(
+    ("written", "overrides"),
+    [
+        ("data_models: {also: {wide: {network: {name: 'own:build'}}}}", []),
+        ("data_models: {also: {wide: {network: {name: 'own:build'}}}}", ["network.name=another:build"]),
+        *(  # a kind that the caller writes has its network and its data from the file
+            (file, [f"data_models.also{override}"])
+            for file in ("network: {name: 'own:build'}", "data: {name: 'own:build'}")
+            for override in (
+                "={wide: {network: {options: {width: 32}}}}",
+                ".wide={data: {size: 16}}",
+                ".wide.network={options: {width: 32}}",
+                ".wide.data={size: 16}",
+                ".wide.data.size=16",
+            )
+        ),
+        ("network: {name: 'own:build'}", ["criterion.score=own:build"]),
+    ],
+)
+def test_code_that_a_file_names_needs_permission(tmp_path: Path, written: str, overrides: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: quickstart\n{written}\n")
+    with pytest.raises(GmnError, match=r"name wants to run code: got 'own:build'; in "):
+        load_recipe(tmp_path / "mine.yaml", overrides)
+
+
+def test_speed_ups_of_the_report_are_not_those_of_kinds() -> None:
+    own = recipe("report.speed_ups=[1.5]", "data_models.also.vgg.data_models.initial_speed_up=1.6")
+    assert own.of_kind("vgg").targets == [1.8]
+
+
+def test_a_recipe_without_sparsity_loss_may_have_kinds() -> None:
+    own = load_recipe("quickstart", ["meta_train.pruner_reg=0", "data_models.also.wide={data: {size: 16}}"])
+    assert isinstance(own, Recipe)
+    assert own.data_models.also["wide"].pruner_reg == 0
 
 
 def test_votes_are_of_one_network() -> None:
@@ -172,6 +198,38 @@ def test_two_processes_read_what_one_reads(two: tuple[list[DataModel], Data], mo
             images = torch.cat([images for images, _ in batches])
             assert sorted(found.flatten(1).sum(1).tolist()) == sorted(images.flatten(1).sum(1).tolist())
             assert len(found) == len(images)
+
+
+def test_a_small_kind_leaves_the_batches_of_the_others_alone(two: tuple[list[DataModel], Data]) -> None:
+    subjects, data = two
+    assert subjects[1].lesson is not None
+    few = replace(subjects[1].lesson, split=subjects[1].lesson.split.subset(range(5)))
+    config = MetaTrain(epochs=1, steps_per_epoch=8, batch_size=8, batches=2, lr=1.0)
+    plan = shares_of(config, Team(0, 1))
+    drawn = [
+        pair for item in items([subjects[0], replace(subjects[1], lesson=few)], data, config, plan) for pair in item
+    ]
+    sizes = {(subject is subjects[0], len(labels)) for subject, batches in drawn for _, labels in batches}
+    assert sizes == {(True, 8), (False, 5)}
+
+
+def test_without_a_lesson_the_weight_is_that_of_the_training(
+    two: tuple[list[DataModel], Data], monkeypatch: Any
+) -> None:
+    subjects, data = two
+    weights: dict[int, float] = {}
+
+    def look(metanetwork: object, subject: DataModel, batches: object, **options: Any) -> dict[str, float]:
+        weights[id(subject)] = options["pruner_reg"]
+        return {}
+
+    monkeypatch.setattr(meta_train, "meta_step", look)
+    plain = replace(subjects[0], lesson=None)
+    config = MetaTrain(epochs=1, steps_per_epoch=1, batch_size=8, batches=2, models=2, lr=1.0, pruner_reg=5.0)
+    plan = shares_of(config, Team(0, 1))
+    for item in items([plain, subjects[1]], data, config, plan), items([subjects[1], plain], data, config, plan):
+        meta_train._step(torch.nn.Linear(1, 1), item[0], config, plan, None)  # type: ignore[arg-type]
+        assert weights == {id(plain): 5.0, id(subjects[1]): 0.7}
 
 
 def test_sparsity_weighs_as_the_kind_says(two: tuple[list[DataModel], Data]) -> None:
@@ -261,17 +319,3 @@ def test_a_kind_that_cannot_work_is_refused_before_anything(tmp_path: Path, over
     with pytest.raises(GmnError, match=says):
         pipeline.meta_train(recipe(override), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_weights_of_kinds_are_sent_along(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = gmn.build_network("cifar.vgg11_bn", num_classes=10, in_channels=1, options={"width": 4})
-    save_file(model.state_dict(), tmp_path / "vgg.safetensors")
-    own = recipe(f"data_models.also.vgg.network.weights={tmp_path / 'vgg.safetensors'}")
-    files = weights_of(own, "entry")
-    for name, content in files.items():
-        save_bytes(tmp_path / "copy" / name, content)
-    there = with_weights_in(tmp_path / "copy", own, "entry").data_models.also["vgg"].network.weights
-    assert there is not None
-    assert there.is_relative_to(tmp_path / "copy")
-    assert there.read_bytes() == (tmp_path / "vgg.safetensors").read_bytes()

@@ -86,12 +86,12 @@ def test_a_file_cannot_pass_for_the_caller(stranger: Path) -> None:
     assert load_recipe("my.yaml", ["network={name: cifar.resnet8}"]).network.name == "cifar.resnet8"
 
 
-def fields(kind: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+def fields(kind: type[BaseModel], *around: type[BaseModel]) -> Iterator[tuple[str, Any]]:
     for name, field in kind.model_fields.items():
         yield f"{kind.__name__}.{name}", field
         for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from fields(part)
+            if isinstance(part, type) and issubclass(part, BaseModel) and part not in around:
+                yield from fields(part, kind, *around)
 
 
 def test_every_field_that_takes_a_function_is_marked() -> None:

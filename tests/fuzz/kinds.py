@@ -43,6 +43,8 @@ def _make_recipes(folder: Path) -> None:
     for name in ("quickstart", "graph-mask-voting"):
         (folder / f"{name}-own.yaml").write_text(dump_recipe(load_recipe(name)))
     (folder / "short-own.yaml").write_text("base: quickstart\nname: short\nseed: 3\nnetwork: {name: cifar.resnet20}\n")
+    also = "{wide: {data: {size: 16}, network: {options: {width: 8}}, pruner_reg: 0.5}}"
+    (folder / "also-own.yaml").write_text(f"base: quickstart\ndata_models: {{also: {also}}}\n")
 
 
 def _use_recipes(folder: Path) -> None:
