@@ -101,14 +101,14 @@ class Runs:
             recipe = with_weights_in(self.folder, recipe, label)
             recipe = _with_kinds_in(self.folder, recipe, label) if learns else recipe
         device = choose_device(recipe.device)
-        loaded = {kind: self._data_of(own).to(device) for kind, own in kinds_of(recipe).items()} if learns else {}
+        loaded = {kind: self._data_of(own).to(device) for kind, own in recipe.kinds.items()} if learns else {}
         return MetaJob(recipe, run, learnt, data=self._data_of(recipe).to(device), loaded=loaded, learns=learns)
 
     def data(self) -> Loaded:
         """What all entries need, on the CPU."""
         learners = [self.recipe.entries[label] for label in self.recipe.metanetworks]
         recipes = [self.recipe.entries[label] for label in self.recipe.used]
-        recipes += [own for recipe in learners for own in kinds_of(recipe).values()]
+        recipes += [own for recipe in learners for own in recipe.kinds.values()]
         return {_key_of(recipe): self._data_of(recipe).to(torch.device("cpu")) for recipe in recipes}
 
     def _data_of(self, recipe: Recipe) -> Data:
@@ -122,16 +122,12 @@ def _key_of(recipe: Recipe) -> str:
     return recipe.model_dump_json(include={"data", "seed", "device"})
 
 
-def kinds_of(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe for every other kind of networks that it learns on, by label."""
-    return {kind: recipe.of_kind(kind) for kind in recipe.data_models.also}
-
-
 def _with_kinds_in(folder: Path, recipe: Recipe, label: str) -> Recipe:
     """The recipe, with its other kinds taking their weights from the copy."""
-    own = {kind: with_weights_in(folder, found, f"{label}/{kind}") for kind, found in kinds_of(recipe).items()}
-    also = {k: kind.model_copy(update={"network": own[k].network}) for k, kind in recipe.data_models.also.items()}
-    return recipe.model_copy(update={"data_models": recipe.data_models.model_copy(update={"also": also})})
+    there = {kind: with_weights_in(folder, own, f"{label}/{kind}").network for kind, own in recipe.kinds.items()}
+    models = recipe.data_models
+    also = {kind: own.model_copy(update={"network": there[kind]}) for kind, own in models.also.items()}
+    return recipe.model_copy(update={"data_models": models.model_copy(update={"also": also})})
 
 
 def elsewhere(recipe: MatrixRecipe, data: Loaded, folder: Path, key: Key) -> None:
@@ -155,7 +151,7 @@ def outside_of(recipe: MatrixRecipe) -> Files:
     for label in recipe.used:
         own = recipe.entries[label]
         files |= weights_of(own, label)
-        for kind, other in kinds_of(own).items() if label in recipe.metanetworks else ():
+        for kind, other in own.kinds.items() if label in recipe.metanetworks else ():
             files |= weights_of(other, f"{label}/{kind}")
         for row, path in own.report.metanetworks.items():
             files[f"entries/{label}/metanetworks/{row}.safetensors"] = metanetwork_path(path).read_bytes()

@@ -82,8 +82,7 @@ class MetaJob(KindJob):
     def kinds(self) -> list[KindJob]:
         """The kinds of networks to learn on and to be judged by: the recipe's, and those of `data_models.also`."""
         found: list[KindJob] = [self]
-        for label in self.recipe.data_models.also:
-            own = self.recipe.of_kind(label)
+        for label, own in self.recipe.kinds.items():
             same = (kind.data for kind in found if _same_images(kind.recipe.data, own.data))
             data = self.loaded.get(label) or next(same, None)
             with within(f"data_models.also, {label}"):
@@ -106,12 +105,11 @@ class MetaJob(KindJob):
 
     def _rehearse_learning(self) -> None:
         """The same of the other kinds; GmnError names the kind."""
-        for label, kind in zip(self.recipe.data_models.also, self.kinds[1:], strict=True):
-            with within(f"data_models.also, {label}"):
+        for kind in self.kinds[1:]:
+            with within(f"data_models.also, {kind.place.name}"):
                 kind.refuse_uneven()
                 model = kind.built(0)
                 kind.rehearse(model, cost(model, kind.example))
-                kind.subject(model)
 
     def checkpoint(self, epoch: int) -> Path:
         """Where the metanetwork of an epoch is saved."""

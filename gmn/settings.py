@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gmn.settings_fit import Fit, Positive, Section, check_milestones
-from gmn.settings_network import CodeName, Data, DataModels, Network, PathLike
+from gmn.settings_network import CodeName, Data, DataModels, Kind, Network, PathLike
 from gmn.settings_pattern import Removal
 from gmn.settings_report import Baseline, distinct, labelled
 
@@ -247,25 +247,29 @@ class Recipe(Common):
         """The speed-ups that the rows are pruned to, the smallest first; [None] where single weights go."""
         return [None] if self.prune.speed_up is None else sorted({self.prune.speed_up, *self.report.speed_ups})
 
-    def of_kind(self, label: str) -> Recipe:
-        """The recipe for networks of another kind (`data_models.also`): with their images, training and weight."""
-        kind = self.data_models.also[label]
+    @property
+    def kinds(self) -> dict[str, Recipe]:
+        """The recipe for each other kind of networks (`data_models.also`): with its images, training and weight."""
+        return {label: self._for(kind) for label, kind in self.data_models.also.items()}
+
+    def _for(self, kind: Kind) -> Recipe:
         weight = self.meta_train.model_copy(update={"pruner_reg": kind.pruner_reg})
-        own = {"data": kind.data, "network": kind.network, "data_models": kind.data_models, "meta_train": weight}
-        return self.model_copy(update={**own, "report": self.report.model_copy(update={"speed_ups": []})})
+        rows = self.report.model_copy(update={"speed_ups": []})  # they are of the recipe's own network
+        own = {"data": kind.data, "network": kind.network, "data_models": kind.data_models}
+        return self.model_copy(update={**own, "meta_train": weight, "report": rows})
 
     @model_validator(mode="after")
     def _something_to_learn_on(self) -> Recipe:
-        also = self.data_models.also
+        kinds = self.kinds
         for found in self._wrong():
             raise ValueError(found)
-        for label in also:
-            for found in self.of_kind(label)._wrong():
+        for label, kind in kinds.items():
+            for found in kind._wrong():
                 raise ValueError(f"data_models.also, {label}: {found}")
-        most = self.data_models.train + sum(kind.data_models.train for kind in also.values())
+        most = sum(own.data_models.train for own in (self, *kinds.values()))
         if self.meta_train.models > most:
             raise ValueError(f"meta_train.models: there are {most} data models to learn on (data_models.train)")
-        if also and self.prune.votes:
+        if kinds and self.prune.votes:
             raise ValueError("prune.votes are of one network: they do not go with data_models.also")
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -10,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from gmn.names import nearest
 from gmn.settings import Recipe, Report
 from gmn.settings_fit import Section
-from gmn.settings_network import LABEL
+from gmn.settings_network import check_label
 
 OWN = "own"
 """Instead of columns, and the name of the one there is then: each network with what its own entry learnt."""
@@ -69,8 +68,7 @@ class MatrixRecipe(Section):
     @classmethod
     def _labels_name_folders(cls, entries: object) -> object:
         for label in entries if isinstance(entries, dict) else ():
-            if not re.fullmatch(LABEL, str(label)):
-                raise ValueError(f"a label is letters, digits, - and _, as it names a folder; got {label!r}")
+            check_label(str(label))
             if label in RESERVED:
                 raise ValueError(f"the label {label!r} is the name of another column; give another")
         return entries

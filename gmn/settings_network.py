@@ -14,8 +14,12 @@ from gmn.settings_fit import Fit, Section
 
 PathLike = Annotated[Path, Strict(False)]  # a string is fine, although the models are strict
 CodeName = Annotated[str, NAMES_CODE]
-LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
-"""Of what has a folder of its own in a run."""
+
+
+def check_label(label: str) -> None:
+    """ValueError if what has this name in a recipe cannot have a folder of that name in a run."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", label):
+        raise ValueError(f"a label is letters, digits, - and _, as it names a folder; got {label!r}")
 
 
 class Augment(Section):
@@ -117,8 +121,7 @@ class DataModels(Section):
     @classmethod
     def _labels_name_folders(cls, also: dict[str, Kind]) -> dict[str, Kind]:
         for label, kind in also.items():
-            if not re.fullmatch(LABEL, label):
-                raise ValueError(f"a label is letters, digits, - and _, as it names a folder; got {label!r}")
+            check_label(label)
             if kind.data_models.also:
                 raise ValueError(f"{label} cannot have kinds of its own: give them beside it")
         return also

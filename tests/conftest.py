@@ -28,10 +28,17 @@ TINY = [
 ]
 
 
+def quickstart(*overrides: str) -> Recipe:
+    """The quickstart's recipe, changed."""
+    loaded = load_recipe("quickstart", overrides)
+    assert isinstance(loaded, Recipe)
+    return loaded
+
+
 @pytest.fixture(scope="session")
 def tiny_recipe() -> Recipe:
     """The quickstart, shortened to seconds."""
-    return load_recipe("quickstart", TINY)
+    return quickstart(*TINY)
 
 
 @pytest.fixture(scope="session")

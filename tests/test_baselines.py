@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, quickstart
 from torch import nn
 
 import gmn
@@ -44,9 +44,7 @@ OPTIONS = [
 
 
 def recipe(*more: str) -> Recipe:
-    loaded = load_recipe("quickstart", [*OPTIONS, *more])
-    assert isinstance(loaded, Recipe)
-    return loaded
+    return quickstart(*OPTIONS, *more)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, quickstart
 
 import gmn
 from gmn.errors import RecipeError
@@ -20,7 +20,7 @@ from gmn.initial import brief, candidates, largest
 from gmn.meta_job import MetaJob
 from gmn.recipe import dump_recipe, load_recipe
 from gmn.run import Run
-from gmn.settings import Fit, Recipe
+from gmn.settings import Fit
 
 
 def test_the_grid_ends_below_the_target() -> None:
@@ -52,8 +52,7 @@ AUTO = [*TINY, "data_models.initial_speed_up=auto", "data_models.initial_toleran
 
 
 def job(folder: Path, *more: str, resume: bool = False) -> MetaJob:
-    recipe = load_recipe("quickstart", [*AUTO, "data_models.fit.epochs=8", *more])
-    assert isinstance(recipe, Recipe)
+    recipe = quickstart(*AUTO, "data_models.fit.epochs=8", *more)
     return MetaJob(recipe, Run(folder, dump_recipe(recipe), resume=resume))
 
 

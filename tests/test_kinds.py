@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, quickstart
 
 import gmn
 from gmn import meta_train, pipeline
@@ -27,11 +27,10 @@ from gmn.data import Data
 from gmn.distributed import Team
 from gmn.errors import GmnError
 from gmn.jsonl import read_lines
-from gmn.meta_job import MetaJob
 from gmn.meta_shares import Shares, shares_of
 from gmn.meta_train import DataModel, Lesson, train_metanetwork
 from gmn.recipe import dump_recipe, load_recipe
-from gmn.run_cost import meta_training
+from gmn.run_cost import lines, meta_training
 from gmn.settings import MetaTrain, Recipe
 from gmn.settings_matrix import MatrixRecipe
 
@@ -40,9 +39,7 @@ FEW = ["data.limit=120", "meta_train.epochs=2", "prune.steps=60", "report.baseli
 
 
 def recipe(*more: str) -> Recipe:
-    found = load_recipe("quickstart", [*TINY, *FEW, VGG, *more])
-    assert isinstance(found, Recipe)
-    return found
+    return quickstart(*TINY, *FEW, VGG, *more)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +59,7 @@ def test_a_kind_has_the_rest_from_the_recipe(tmp_path: Path) -> None:
     assert (kind.network.name, kind.network.options, kind.pruner_reg) == ("cifar.vgg11_bn", {"width": 4}, 0.03)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(own))
     assert load_recipe(tmp_path / "recipe.yaml") == own
-    usual = load_recipe("quickstart", [VGG.replace(", pruner_reg: 0.03", "")])
-    assert isinstance(usual, Recipe)
+    usual = quickstart(VGG.replace(", pruner_reg: 0.03", ""))
     assert usual.data_models.also["vgg"].pruner_reg == usual.meta_train.pruner_reg
 
 
@@ -134,14 +130,20 @@ def test_code_that_a_file_names_needs_permission(tmp_path: Path, written: str, o
         load_recipe(tmp_path / "mine.yaml", overrides)
 
 
+def test_an_entry_is_no_kind_whatever_its_label(tmp_path: Path) -> None:
+    entries = "{also: {network: {name: 'own:build'}}, other: {}}"
+    (tmp_path / "mine.yaml").write_text(f"method: matrix\ncommon: {{base: quickstart}}\nentries: {entries}\n")
+    with pytest.raises(GmnError, match=r"entries\.also\.network\.name wants to run code: got 'own:build'"):
+        load_recipe(tmp_path / "mine.yaml", ["entries.other.network.name=own:build"])
+
+
 def test_speed_ups_of_the_report_are_not_those_of_kinds() -> None:
     own = recipe("report.speed_ups=[1.5]", "data_models.also.vgg.data_models.initial_speed_up=1.6")
-    assert own.of_kind("vgg").targets == [1.8]
+    assert own.kinds["vgg"].targets == [1.8]
 
 
 def test_a_recipe_without_sparsity_loss_may_have_kinds() -> None:
-    own = load_recipe("quickstart", ["meta_train.pruner_reg=0", "data_models.also.wide={data: {size: 16}}"])
-    assert isinstance(own, Recipe)
+    own = quickstart("meta_train.pruner_reg=0", "data_models.also.wide={data: {size: 16}}")
     assert own.data_models.also["wide"].pruner_reg == 0
 
 
@@ -251,17 +253,13 @@ def test_sparsity_weighs_as_the_kind_says(two: tuple[list[DataModel], Data]) -> 
 # a run
 
 
-def job(folder: Path) -> MetaJob:
-    return pipeline.reopened_metanetwork(folder)
-
-
 def test_a_run_learns_on_all_kinds_and_is_chosen_by_all(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, report = finished
     for place in ("data-models", "also/vgg/data-models"):
         assert sorted(path.name for path in (folder / place).iterdir()) == ["0", "1"]
     titles = {line["title"] for line in read_lines(folder / "metrics.jsonl") if line["event"] == "fit"}
     assert {"training network 0", "vgg: training network 0", "vgg: fine-tuning after checkpoint 1"} <= titles
-    own = job(folder)
+    own = pipeline.reopened_metanetwork(folder)
     with own.run:
         models = list(own.judged(1, own.recipe.finetune.after_meta))
         scores = [gmn.evaluate(kind.pruned_to_target(model), kind.data.val).accuracy for kind, model in models]
@@ -281,7 +279,7 @@ def test_the_metanetwork_prunes_networks_of_all_kinds(finished: tuple[Path, dict
 
 def test_probes_of_a_search_look_at_all_kinds(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
-    own = job(folder)
+    own = pipeline.reopened_metanetwork(folder)
     with own.run:
         _, probes = search(own, 0.0, finetune_images=0)
         models = list(own.judged(probes[-1].epoch, None))
@@ -305,6 +303,9 @@ def test_a_stopped_run_goes_on_where_it_was(finished: tuple[Path, dict[str, Any]
 def test_the_cost_of_a_run_knows_whose_networks_were_trained(finished: tuple[Path, dict[str, Any]]) -> None:
     parts = meta_training(finished[0])
     assert parts["data models"].seconds > 0
+    own = [line for line in lines(finished[0]) if "data-models/" in str(line.get("network"))]
+    assert {line["network"].split("/")[0] for line in own} == {"data-models", "also"}
+    assert parts["data models"].seconds == pytest.approx(sum(line["seconds"] for line in own))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gmn.errors import RecipeError
-from gmn.recipe import builtin_recipes, dump_recipe, load_recipe
+from gmn.recipe import dump_recipe, load_recipe
+from gmn.recipe_bases import builtin_recipes
 from gmn.settings import Recipe
 
 MINIMAL = """\

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, quickstart
 from rich.console import Console
 from torch import nn
 
@@ -30,7 +30,7 @@ from gmn.curve import curve_of
 from gmn.errors import GmnError, RecipeError
 from gmn.meta_job import MetaJob
 from gmn.plots import draw, styles
-from gmn.recipe import dump_recipe, load_recipe
+from gmn.recipe import dump_recipe
 from gmn.report import TITLES
 from gmn.run import Run, load_report
 from gmn.run_cost import account, meta_training
@@ -65,9 +65,7 @@ def short_curves() -> Iterator[None]:
 
 
 def recipe(*more: str) -> Recipe:
-    loaded = load_recipe("quickstart", [*TINIER, *more])
-    assert isinstance(loaded, Recipe)
-    return loaded
+    return quickstart(*TINIER, *more)
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, quickstart
 from made_runs import call
 from torch import Tensor, nn
 
@@ -41,9 +41,7 @@ PATTERNS = {
 
 
 def recipe(*more: str) -> Recipe:
-    loaded = load_recipe("quickstart", [*WEIGHTS, *more])
-    assert isinstance(loaded, Recipe)
-    return loaded
+    return quickstart(*WEIGHTS, *more)
 
 
 Finished = tuple[str, Path, dict[str, Any]]
