@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -205,11 +206,11 @@ def prune(
         ConversionError: if the network has no graph.
     """
     _refuse_without(data, finetune is not None, reconstruct_images, pattern != "channels" or isinstance(meta, Voters))
-    target = {"pattern": pattern, "sparsity": sparsity}
     if isinstance(meta, Voters):
-        _refuse_ranking(criterion, options | ({} if pattern == "channels" and sparsity is None else target))
+        unused = {"criterion": criterion, "pattern": pattern, "sparsity": sparsity, "on_unknown": on_unknown}
+        _refuse_beside_votes({**unused, "recalibrate_images": recalibrate_images}, options)
         return _elected(meta, model, example_inputs, data, speed_up, finetune=finetune, augment=augment, seed=seed)
-    config = _target(speed_up, target, options)
+    config = _target(speed_up, {"pattern": pattern, "sparsity": sparsity}, options)
     own = (Criterion(score=criterion) if isinstance(criterion, str) else criterion or Criterion()).seeded(seed)
     graph = to_graph(model, example_inputs, on_unknown=on_unknown)
     data = None if data is None else data.to(graph.node_features.device)
@@ -245,9 +246,9 @@ def _target(speed_up: float | None, pattern: dict[str, Any], options: dict[str, 
     return checked(Prune, {"speed_up": speed_up, **pattern, **options}, "gmn.prune")
 
 
-def _refuse_ranking(criterion: Criterion | str | None, options: dict[str, Any]) -> None:
-    given = [*(["criterion"] if criterion is not None else []), *options]
-    if given:
+def _refuse_beside_votes(unused: dict[str, Any], options: dict[str, Any]) -> None:
+    usual = inspect.signature(prune).parameters
+    if given := [*(name for name, value in unused.items() if value != usual[name].default), *options]:
         raise PruningError("a zoo's votes decide which channels go", got=", ".join(given), hint="leave that out")
 
 

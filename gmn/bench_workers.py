@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gmn.errors import first_line
 from gmn.memory import limit_memory, machine_memory, memory_now, peak_memory
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def serve(module: str, settings: str) -> None:
             _say(**turn(word.strip() == "last"), peak_mb=_peak(device))
             torch.cuda.empty_cache()
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises a RuntimeError
-        text = str(error).split("\n")[0]
+        text = first_line(error)
         _say(failed="out of memory" if "memory" in text else text)
 
 

@@ -92,8 +92,17 @@ def within(what: str) -> Iterator[None]:
 
 def one_line(problem: BaseException) -> str:
     """The kind and the first line of an error; gmn's own errors speak for themselves."""
-    first = (str(problem).strip().splitlines() or [""])[0]
+    first = first_line(problem)
     return first if isinstance(problem, GmnError) else f"{type(problem).__name__}: {first}".removesuffix(": ")
+
+
+def first_line(problem: BaseException) -> str:
+    """What an error says first, without its kind.
+
+    >>> first_line(ValueError("no such thing\\nat line 3"))
+    'no such thing'
+    """
+    return (str(problem).strip().splitlines() or [""])[0]
 
 
 def no_memory(error: BaseException) -> bool:

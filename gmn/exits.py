@@ -11,7 +11,7 @@ always. A download that fails is a mistake, though Python has it among the error
 
 from __future__ import annotations
 
-from gmn.errors import GmnError, no_memory, one_line
+from gmn.errors import GmnError, first_line, no_memory, one_line
 
 MISTAKE, DISK, MEMORY, STOPPED = 2, 3, 4, 130
 WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
@@ -53,8 +53,7 @@ def verdict(error: BaseException, *, resumable: bool = False) -> tuple[int, str]
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         return STOPPED, "; ".join(["stopped", *kept])
     if no_memory(error):
-        detail = str(error).strip().split("\n")[0]
-        return MEMORY, "; ".join([f"out of memory: {detail}".removesuffix(": "), SMALLER, *kept])
+        return MEMORY, "; ".join([f"out of memory: {first_line(error)}".removesuffix(": "), SMALLER, *kept])
     return None
 
 

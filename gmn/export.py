@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from gmn.batches import batch_size, with_batch
 from gmn.checkpoint import write_atomic
-from gmn.errors import CheckpointError, ConversionError, GmnError
+from gmn.errors import CheckpointError, ConversionError, GmnError, first_line
 from gmn.export_formats import FORMATS, Ready, runner
 from gmn.names import refuse_unknown
 from gmn.progress import track
@@ -203,4 +203,4 @@ def _attempt(message: str, hint: str | None = None) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return first_line(error) or type(error).__name__

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from gmn.engine import Found, Job, attempt
-from gmn.errors import GmnError, one_line
+from gmn.errors import GmnError, first_line, one_line
 from gmn.permission import allow_code, allowed_code
 
 AHEAD = 2  # jobs drawn per free place: waiting ones tell a growing cluster to grow, and the rest is left for others
@@ -105,7 +105,7 @@ def ray_engine(
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise _no_cluster(address, str(error).strip().split("\n")[0]) from error
+        raise _no_cluster(address, first_line(error)) from error
     try:
         _refuse_too_large(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus})
         yield RayEngine(ray, cpus, gpus, retries)

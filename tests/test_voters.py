@@ -131,6 +131,22 @@ def test_what_a_zoo_cannot_do(voters: Voters, model: nn.Module, data: gmn.Data) 
         gmn.prune(other, example, meta=voters, data=data)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("criterion", "taylor"),
+        ("pattern", "2:4"),
+        ("sparsity", 0.5),
+        ("round_to", 8),
+        ("recalibrate_images", 100),
+        ("on_unknown", "error"),
+    ],
+)
+def test_what_votes_have_no_use_for(voters: Voters, model: nn.Module, data: gmn.Data, name: str, value: Any) -> None:
+    with pytest.raises(gmn.GmnError, match=f"votes decide which channels go: got {name}; leave that out"):
+        gmn.prune(model, data.example_inputs(), meta=voters, data=data, **{name: value})
+
+
 def test_a_model_of_the_same_shape_with_other_weights(voters: Voters, data: gmn.Data) -> None:
     """What is voted for is cut from the zoo's network: it would silently be given back in place of this one."""
     options = {"width": 8, "shortcut": "B"}
