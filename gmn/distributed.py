@@ -178,7 +178,7 @@ def launched(device: str, method: str, engine: str = "here") -> Iterator[Team]:
     try:
         from accelerate import PartialState
     except ImportError as error:
-        raise GmnError("several processes need accelerate", hint="pip install gmn[distributed]") from error
+        raise GmnError("several processes need accelerate", hint="pip install accelerate") from error
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
     _team = Team(state.process_index, state.num_processes, state.device or CPU)
     progress.console.quiet = not _team.leads

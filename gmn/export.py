@@ -95,7 +95,7 @@ def _checked(formats: Sequence[str] | None, network: dict[str, Any] | None, batc
         needed = FORMATS[name].packages
         if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
             raise GmnError(
-                f"{name} needs more packages", got=f"no {', '.join(missing)}", hint="pip install 'gmn[export]'"
+                f"{name} needs more packages", got=f"no {', '.join(missing)}", hint=f"pip install {' '.join(missing)}"
             )
     if not names:
         raise GmnError("no format to export to", expected=f"some of {', '.join(FORMATS)}")

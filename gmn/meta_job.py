@@ -235,14 +235,16 @@ class MetaJob(KindJob):
         return metanetwork.to(self.device), layout
 
     def score(self, epoch: int) -> float:
-        """Mean validation accuracy of the judges: rewritten by a checkpoint, fine-tuned as the recipe says, pruned.
+        """Mean validation accuracy of the judges: rewritten by a checkpoint, fine-tuned, perhaps briefly, and pruned.
 
         It is logged, and looked up when it is asked for again.
         """
 
         def look() -> dict[str, float]:
             with stage(self.run.log, "choosing", checkpoint=epoch):
-                models = self.judged(epoch, self.recipe.finetune.after_meta)
+                images = self.recipe.meta_train.finetune_images
+                tuning = self.recipe.finetune.after_meta if images is None else self.brief(images)
+                models = self.judged(epoch, tuning)
                 accuracies = [evaluate(kind.pruned_to_target(m), kind.data.val).accuracy for kind, m in models]
             return {"validation_accuracy": sum(accuracies) / len(accuracies)}
 

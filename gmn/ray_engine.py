@@ -97,7 +97,7 @@ def ray_engine(
     try:
         import ray
     except ImportError as error:
-        raise GmnError("the engine needs ray", hint="pip install gmn[ray]") from error
+        raise GmnError("the engine needs ray", hint="pip install ray") from error
     if cpus < 0 or gpus < 0 or cpus + gpus == 0:
         raise GmnError("a task needs a place", expected="cpus or gpus above 0", got=f"{cpus:g} and {gpus:g}")
     _refuse_unreachable(address)

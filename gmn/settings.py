@@ -70,6 +70,9 @@ class MetaTrain(Section):
     patience: int = Field(
         default=0, ge=0, description="stop after so many looks without a better pruned network; 0: never"
     )
+    finetune_images: int | None = Field(
+        default=None, ge=0, description="of each look, before the cut; null: finetune.after_meta in full, 0: none"
+    )
     scale_invariant: bool = Field(
         default=True, description="divide by the mean of a group and differentiate it; the paper: false"
     )
@@ -303,6 +306,8 @@ class Recipe(Common):
         sparse = [row for row in self.report.baselines if row.endswith("sparse")]
         if sparse and self.finetune.after_meta is None:
             raise ValueError(f"{sparse[0]} of report.baselines trains sparsely in finetune.after_meta: give it")
+        if self.meta_train.finetune_images and not (self.finetune.after_meta or self.finetune.after_prune):
+            raise ValueError("meta_train.finetune_images: no fine-tuning to be brief with: leave it out, or give 0")
         library = [row for row in self.report.baselines if row.startswith("torch-pruning")]
         if library and not self.prune.of_channels:
             raise ValueError(

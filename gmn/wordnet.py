@@ -69,7 +69,7 @@ def dictionary() -> Any:
         finder = importlib.import_module("nltk.data")
         base: Any = importlib.import_module("nltk.corpus.reader.wordnet").WordNetCorpusReader
     except ImportError as problem:
-        raise GmnError("WordNet needs the package nltk", hint="pip install 'gmn[wordnet]'") from problem
+        raise GmnError("WordNet needs the package nltk", hint="pip install nltk") from problem
 
     class English(base):
         def map_wn(self, version: str = "wordnet") -> None:

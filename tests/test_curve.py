@@ -179,6 +179,18 @@ def test_looks_are_made_once_and_kept_for_the_choice(run: Path) -> None:
     assert [look["epoch"] for look in events(run, "select")] == [1, 2, 3, 0]
 
 
+@pytest.mark.parametrize(("images", "steps"), [("null", None), ("0", 0), ("320", 10)])
+def test_a_look_fine_tunes_briefly_if_it_is_to(images: str, steps: int | None, tmp_path: Path) -> None:
+    recipe: Any = load_recipe("quickstart", [*LOOKING, f"meta_train.finetune_images={images}"])
+    with Run(tmp_path / "run", dump_recipe(recipe)) as folder:
+        MetaJob(recipe, folder).score(0)
+    fits = [line for line in events(tmp_path / "run", "fit") if line["title"] == "fine-tuning after checkpoint 0"]
+    assert len(fits) == (recipe.finetune.after_meta.epochs if steps is None else bool(steps))
+    if steps:
+        batch = recipe.finetune.after_meta.batch_size
+        assert MetaJob(recipe, folder).brief(320).iterations == steps == 320 // batch
+
+
 def test_learning_stops_when_it_gets_no_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe: Any = load_recipe("quickstart", [*LOOKING, "meta_train.epochs=6", "meta_train.patience=2"])
     scores = {1: 0.5, 2: 0.6, 3: 0.6, 4: 0.55}
@@ -197,6 +209,10 @@ def test_learning_stops_when_it_gets_no_better(tmp_path: Path, monkeypatch: pyte
 def test_wrong_inputs(tiny_vote_recipe: VoteRecipe, command: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(GmnError, match="patience counts looks"):
         load_recipe("quickstart", ["meta_train.patience=2"])
+    without = ["finetune.after_meta=null", "finetune.after_prune=null", "report.baselines=[direct]"]
+    with pytest.raises(GmnError, match=r"meta_train.finetune_images: no fine-tuning"):
+        load_recipe("quickstart", [*without, "meta_train.finetune_images=320"])
+    assert load_recipe("quickstart", [*without, "meta_train.finetune_images=0"])
     (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny_vote_recipe))
     with pytest.raises(GmnError, match="the run has no metanetwork"):
         draw_curves(tmp_path, checkpoints="0", points=3, images=50, drop=0.5, finetune_images=0)

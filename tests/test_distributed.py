@@ -36,7 +36,7 @@ from gmn.meta_shares import shares_of
 from gmn.recipe import load_recipe
 from gmn.settings import MetaTrain
 
-pytest.importorskip("accelerate", reason="accelerate is not installed: pip install gmn[distributed]")
+pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
 
 Found = dict[str, Any]
 
@@ -167,7 +167,7 @@ def test_what_the_launcher_may_not_decide(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert "pip install gmn[distributed]" in refused()
+    assert "pip install accelerate" in refused()
 
 
 def run(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
