@@ -147,6 +147,19 @@ def prune(
     _show(settings, folder, work, engine, address=address, cpus=cpus, gpus=gpus)
 
 
+@app.command(epilog="Examples:  gmn keys prune   |   gmn keys meta_train.lr   |   gmn keys --method vote zoo")
+def keys(
+    section: Annotated[
+        str, typer.Argument(help="Such as prune or finetune.after_prune. Default: which there are.")
+    ] = "",
+    method: Annotated[str, typer.Option("--method", help="metanetwork, vote or matrix.")] = "metanetwork",
+) -> None:
+    """List the keys of a recipe, or of a section of it: what each takes, its default and its meaning."""
+    from gmn import recipe_keys
+
+    recipe_keys.show(method, section)
+
+
 @app.command(epilog="Example:  gmn report runs/quickstart")
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Show the table of a finished run and draw its plots."""

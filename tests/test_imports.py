@@ -119,7 +119,7 @@ LAYERS = (
             *("run", "lock", "exits"),
             "report",
             "plots",
-            *("recipe", "recipe_bases", "recipe_errors", "recipe_yaml"),
+            *("recipe", "recipe_bases", "recipe_errors", "recipe_keys", "recipe_yaml"),
             *("cli", "cli_bench", "cli_options", "cli_zoo"),
             "api",
             "__init__",
