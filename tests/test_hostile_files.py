@@ -31,7 +31,8 @@ from gmn.errors import CheckpointError, NetworkError, RecipeError
 from gmn.jsonl import LARGEST, read_lines
 from gmn.metanetwork import MetaNetwork, MetaNetworkConfig
 from gmn.network_source import parse_source, rebuild
-from gmn.recipe import MOST_BYTES, load_recipe
+from gmn.recipe import load_recipe
+from gmn.recipe_yaml import MOST_BYTES
 from gmn.room import SLACK, Room
 from gmn.state_dict import read_state_dict
 from gmn.subject import Choices, named
