@@ -6,7 +6,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -75,7 +75,15 @@ def _section(key: Sequence[int | str], model: type[BaseModel]) -> type[BaseModel
     names = iter(key)
     for name in names:
         kind = model.model_fields[str(name)].annotation
-        model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
+        inner = section_model(kind)
+        assert inner is not None, "pydantic finds mistakes below sections only"
+        model = inner
         if get_origin(kind) is dict:
             next(names, None)  # a label
     return model
+
+
+def section_model(annotation: Any) -> type[BaseModel] | None:
+    """The model that reads a field, a section or sections by label; None of any other field."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

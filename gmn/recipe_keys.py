@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -15,8 +15,9 @@ from gmn.convert_cli import wide_console
 from gmn.errors import GmnError
 from gmn.names import nearest, refuse_unknown
 from gmn.recipe import METHODS
+from gmn.recipe_errors import section_model
 
-BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "minItems": "of at least"}
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 TYPES = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "mapping"}
 
 
@@ -39,14 +40,19 @@ def keys(method: str = "metanetwork", section: str = "") -> list[RecipeKey]:
     >>> [key.default for key in keys(section="prune.steps")]
     ['200']
     """
-    refuse_unknown("method", method, METHODS)
-    every = list(_keys(METHODS[method], ""))
+    every = all_keys(method)
     if not section:
         return [key for key in every if "." not in key.key]
     if not (found := [key for key in every if f"{key.key}.".startswith(f"{section}.")]):
         hint = nearest(section, [key.key for key in every])
         raise GmnError("no such section or key", expected="one that `gmn keys` lists", got=section, hint=hint)
     return found
+
+
+def all_keys(method: str) -> list[RecipeKey]:
+    """Every key of a recipe of this method, in the order of the sections; GmnError if there is no such method."""
+    refuse_unknown("method", method, METHODS)
+    return list(_keys(METHODS[method], ""))
 
 
 def show(method: str, section: str) -> None:
@@ -63,15 +69,9 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[RecipeKey]:
     properties = schema.get("$defs", {}).get(model.__name__, schema)["properties"]  # in $defs where it holds itself
     for name, field in model.model_fields.items():
         yield RecipeKey(f"{prefix}{name}", _takes(properties[name]), _default(field), field.description or "")
-        if (inner := _section(field)) is not None:
+        inner = section_model(field.annotation)
+        if inner is not None and get_origin(field.annotation) is not dict:  # what has labels ends here
             yield from _keys(inner, f"{prefix}{name}.")
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The model that reads this field, if it is a section; not what a mapping has by label."""
-    kinds = (field.annotation, *get_args(field.annotation))
-    mapping = getattr(field.annotation, "__origin__", None) is dict
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel) and not mapping), None)
 
 
 def _default(field: FieldInfo) -> str | None:

@@ -71,7 +71,9 @@ class MetaTrain(Section):
         default=0, ge=0, description="stop after so many looks without a better pruned network; 0: never"
     )
     finetune_images: int | None = Field(
-        default=None, ge=0, description="of fine-tuning before each look; null: finetune.after_meta in full, 0: none"
+        default=None,
+        ge=0,
+        description="images of fine-tuning before a look; null: finetune.after_meta in full, 0: none",
     )
     scale_invariant: bool = Field(
         default=True, description="divide by the mean of a group and differentiate it; the paper: false"

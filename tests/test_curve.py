@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, quickstart
 
 from gmn import checkpoint_search, curve, pipeline, report_page
 from gmn import report as reports
@@ -181,7 +181,7 @@ def test_looks_are_made_once_and_kept_for_the_choice(run: Path) -> None:
 
 @pytest.mark.parametrize(("images", "steps"), [("null", None), ("0", 0), ("320", 10)])
 def test_a_look_fine_tunes_briefly_if_it_is_to(images: str, steps: int | None, tmp_path: Path) -> None:
-    recipe: Any = load_recipe("quickstart", [*LOOKING, f"meta_train.finetune_images={images}"])
+    recipe: Any = quickstart(*LOOKING, f"meta_train.finetune_images={images}")
     with Run(tmp_path / "run", dump_recipe(recipe)) as folder:
         MetaJob(recipe, folder).score(0)
     fits = [line for line in events(tmp_path / "run", "fit") if line["title"] == "fine-tuning after checkpoint 0"]

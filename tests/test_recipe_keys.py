@@ -16,17 +16,17 @@ import yaml
 from gmn.errors import GmnError
 from gmn.recipe import METHODS, AnyRecipe, dump_recipe, load_recipe
 from gmn.recipe_bases import builtin_recipes
-from gmn.recipe_keys import keys, show
+from gmn.recipe_keys import RecipeKey, all_keys, keys, show
 
-RECIPES: list[AnyRecipe] = [load_recipe(name) for name in builtin_recipes()]
-SECTIONS = {method: {key.key for key in keys(method)} for method in METHODS}
-
-
-def listed(method: str) -> dict[str, Any]:
-    return {key.key: key for section in SECTIONS[method] for key in keys(method, section)}
+LISTED = {method: {key.key: key for key in all_keys(method)} for method in METHODS}
 
 
-def written(content: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+@pytest.fixture(scope="module")
+def recipes() -> list[AnyRecipe]:
+    return [load_recipe(name) for name in builtin_recipes()]
+
+
+def written(content: dict[str, Any], known: dict[str, RecipeKey], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Keys of a recipe with all defaults written out; what a mapping has by label is a value of that mapping."""
     for name, value in content.items():
         yield f"{prefix}{name}", value
@@ -34,22 +34,24 @@ def written(content: dict[str, Any], known: dict[str, Any], prefix: str = "") ->
             yield from written(value, known, f"{prefix}{name}.")
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_a_recipe_has_no_other_keys(recipe: AnyRecipe) -> None:
-    known = listed(recipe.method)
-    assert {key for key, _ in written(yaml.safe_load(dump_recipe(recipe)), known)} <= set(known)
+def found_in(recipe: AnyRecipe) -> set[str]:
+    return {key for key, _ in written(yaml.safe_load(dump_recipe(recipe)), LISTED[recipe.method])}
+
+
+def test_sections_hold_all_keys() -> None:
+    for method, known in LISTED.items():
+        assert [key for outer in keys(method) for key in keys(method, outer.key)] == list(known.values())
+
+
+def test_recipes_have_no_other_keys(recipes: list[AnyRecipe]) -> None:
+    for recipe in recipes:
+        assert found_in(recipe) <= set(LISTED[recipe.method]), recipe.name
 
 
 @pytest.mark.parametrize("method", ["metanetwork", "vote"])
-def test_all_keys_are_those_of_some_recipe(method: str) -> None:
-    known = listed(method)
-    found = {
-        key
-        for recipe in RECIPES
-        if recipe.method == method
-        for key, _ in written(yaml.safe_load(dump_recipe(recipe)), known)
-    }
-    assert {key for key in known if not key.startswith("rewrite.")} <= found | {"data_models.initial_fit"}
+def test_all_keys_are_those_of_some_recipe(method: str, recipes: list[AnyRecipe]) -> None:
+    found = {key for recipe in recipes if recipe.method == method for key in found_in(recipe)}
+    assert {key for key in LISTED[method] if not key.startswith("rewrite.")} <= found | {"data_models.initial_fit"}
 
 
 def test_defaults_are_what_a_recipe_gets(tmp_path: Any) -> None:
@@ -62,7 +64,7 @@ def test_defaults_are_what_a_recipe_gets(tmp_path: Any) -> None:
     }
     (tmp_path / "least.yaml").write_text(yaml.safe_dump(least))
     recipe = load_recipe(tmp_path / "least.yaml")
-    known = listed("metanetwork")
+    known = LISTED["metanetwork"]
     given = {"name", "prune.speed_up"} | {key for key, _ in written(least, known)}  # null is 2 where channels go
     checked = 0
     for key, value in written(yaml.safe_load(dump_recipe(recipe)), known):

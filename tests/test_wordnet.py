@@ -145,7 +145,7 @@ def test_a_missing_dictionary_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path:
         wordnet.dictionary.__wrapped__()
 
 
-def test_without_nltk_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nltk_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk.data", None)
     with pytest.raises(GmnError, match=r"pip install nltk"):
         wordnet.dictionary.__wrapped__()
