@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from gmn.batches import batch_size, with_batch
 from gmn.checkpoint import write_atomic
-from gmn.errors import CheckpointError, ConversionError, GmnError, first_line
+from gmn.errors import CheckpointError, ConversionError, GmnError, first_line, no_memory
 from gmn.export_formats import FORMATS, Ready, runner
 from gmn.names import refuse_unknown
 from gmn.progress import track
@@ -195,6 +195,8 @@ def _attempt(message: str, hint: str | None = None) -> Iterator[None]:
     except (GmnError, OSError):
         raise
     except Exception as error:  # exporters and runtimes raise whatever they met on their way
+        if no_memory(error):
+            raise
         raise ConversionError(message, got=_reason(error), hint=hint) from error
     finally:
         logging.disable(heard)

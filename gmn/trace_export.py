@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_map
 
+from gmn.errors import of_machine
 from gmn.records import Op, Ref, Trace
 
 
@@ -21,7 +22,9 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Export the network, which must be in eval mode, and read its operations; None if it cannot be exported."""
     try:
         program = torch.export.export(model, args, kwargs, strict=False)
-    except Exception:  # torch.export raises whatever it met on its way
+    except Exception as error:  # torch.export raises whatever it met on its way
+        if of_machine(error):
+            raise
         return None
     return _Reader(program).read()
 

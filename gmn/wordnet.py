@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gmn.errors import GmnError
+from gmn.errors import GmnError, of_machine
 
 # The names of CIFAR-100 that are no nouns of WordNet, or whose first noun sense is another than the data set's parent
 # class means: the first tiger is an audacious person, the first otter a fur, the first flatfish a dish.
@@ -82,6 +82,8 @@ def dictionary() -> Any:
     except GmnError:
         raise
     except Exception as problem:  # a torn zip or folder: whatever nltk stumbles over
+        if of_machine(problem):
+            raise
         hint = "python -m nltk.downloader --force wordnet"
         raise GmnError("the WordNet dictionary cannot be read", got=repr(problem), hint=hint) from problem
 

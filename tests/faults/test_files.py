@@ -26,10 +26,11 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from made_runs import CNN, built, call
 
-from gmn import checkpoint, pipeline, processes, report
+from gmn import checkpoint, pipeline, processes, report, to_graph
 from gmn.checkpoint import load_json, load_sound, load_tensors, save_json, save_model, save_tensors, saved_facts
 from gmn.errors import CheckpointError, GmnError, TrainingError
 from gmn.exits import Stopped, verdict
+from gmn.export import export_model
 from gmn.jsonl import append_line, read_lines
 from gmn.lock import alone
 from gmn.processes import machine, sweep
@@ -286,3 +287,19 @@ def test_a_file_that_may_not_be_read_is_not_missing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
     with pytest.raises(PermissionError):
         load_json(tmp_path / "a.json")
+
+
+def test_memory_that_fails_says_nothing_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that it cannot be exported, nor that it has no graph."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.export, "export", failing)
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 3)))
+    for made in (
+        lambda: export_model(torch.nn.Linear(2, 3), torch.ones(1, 2), tmp_path),
+        lambda: to_graph(scripted, torch.ones(1, 2)),
+    ):
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+            made()
