@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -269,20 +270,22 @@ MODELS = {
     "grouped": lambda: small(Residual(groups=3)),
     "resnet20": lambda: build_network("cifar.resnet20", num_classes=10, in_channels=3, options={"shortcut": "A"}),
 }
-OPTIONS = [{"backend": "pyg"}, {}, {"max_chunk_mb": 1e-3}, {"keep_mb": 0.0}, {"compile": True}]
+OPTIONS = [{"backend": "pyg"}, {}, {"max_chunk_mb": 1e-3}, {"keep_mb": 0.0}]
+SOAK = pytest.mark.soak
+COMPILED = [pytest.param(name, {"compile": True}, marks=() if name == "residual" else SOAK) for name in MODELS]
+CASES = [*product(MODELS, OPTIONS), *COMPILED]  # kernels take a quarter of a minute for each network
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-def test_five_digits_in_single_precision(model: Callable[[], nn.Module], options: dict[str, object]) -> None:
+@pytest.mark.parametrize(("model", "options"), CASES, ids=str)
+def test_five_digits_in_single_precision(model: str, options: dict[str, object]) -> None:
     """Not of the output, most of which is the input: of what is added to it, and of every gradient."""
     if options.get("compile") and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     torch.manual_seed(0)
-    graph = graph_of(model().eval())
+    graph = graph_of(MODELS[model]().eval())
     reference = results_of(graph, backend="pyg")
     single = graph.replace(graph.node_features.float(), tuple(e.float() for e in graph.edge_features))
-    loose = options.get("backend") == "pyg" and model is MODELS["resnet20"]  # it sums one by one, in single precision
+    loose = options.get("backend") == "pyg" and model == "resnet20"  # it sums one by one, in single precision
     assert apart(results_of(single, **options), reference) < (1e-3 if loose else 1e-5)
 
 
