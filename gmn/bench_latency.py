@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from gmn.batches import batch_size, with_batch
 from gmn.checkpoint import save_json
-from gmn.convert_cli import wide_console
+from gmn.consoles import wide_console
 from gmn.costs import Cost, cost, latencies
 from gmn.errors import GmnError, one_line
 from gmn.job import choose_device

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from gmn.bench_workers import Turn, Worker, device_name, in_turns, seconds_of
 from gmn.checkpoint import save_json
+from gmn.consoles import plain_console
 from gmn.job import choose_device
 from gmn.names import refuse_unknown
 from gmn.progress import track
@@ -209,7 +210,7 @@ def show(found: Sequence[Measured], path: Path | None, console: Console | None =
         name = row.graph if row.backward else f"{row.graph} fwd"
         base = bases.get((row.graph, row.threads, row.backward))
         table.add_row(name, str(row.threads), row.backend, *_cells(row, None if base is row else base))
-    (console or Console()).print(table)
+    (console or plain_console()).print(table)
     if path is not None:
         save_json(path, [asdict(row) for row in found])
 

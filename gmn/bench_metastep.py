@@ -19,6 +19,7 @@ from rich.table import Table
 from gmn.bench_metanetwork import SUBJECTS, graph_of, metanetwork_of
 from gmn.bench_workers import Turn, Worker, device_name, in_turns
 from gmn.checkpoint import save_json
+from gmn.consoles import plain_console
 from gmn.job import choose_device
 from gmn.names import refuse_unknown
 from gmn.progress import track
@@ -198,6 +199,6 @@ def show(found: Sequence[Measured], path: Path | None, console: Console | None =
     table.add_row("share of the metanetwork", *(f"{row.share:.1%}" if row.seconds else "" for row in found))
     table.add_row("MB, the step's", *(f"{row.peak_mb:.0f}" if row.seconds else "" for row in found))
     table.add_row("MB altogether", *(f"{row.base_mb + row.peak_mb:.0f}" if row.seconds else "" for row in found))
-    (console or Console()).print(table)
+    (console or plain_console()).print(table)
     if path is not None:
         save_json(path, [asdict(row) for row in found])

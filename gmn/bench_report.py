@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gmn.checkpoint import save_text
+from gmn.consoles import plain_console
 from gmn.errors import GmnError
 
 Row = dict[str, Any]
@@ -67,21 +68,21 @@ def table(title: str, rows: Iterable[Row]) -> Table:
     for row in sorted(rows, key=lambda row: (not row["ok"], row["name"])):
         seconds = row.get("seconds", {})
         result.add_row(
-            "[green]✓[/]" if row["ok"] else "[red]✗[/]",
+            Text("✓", "green") if row["ok"] else Text("✗", "red"),
             row["name"],
             _millions(row.get("parameters")),
             *(f"{seconds[stage]:.1f}" if stage in seconds else "" for stage in ("trace", "convert")),
             _way(row),
             *(_percent(row.get(key)) for key in ("share", "layer_share", "frozen")),
             *(_whole(row.get(key)) for key in ("blocks", "peak_mb")),
-            escape(row["error"] or _carried(row)),
+            row["error"] or _carried(row),
         )
     return result
 
 
 def show(title: str, rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the table and the totals to stdout."""
-    console = console or Console()
+    console = console or plain_console()
     if not console.is_terminal:
         console.width = max(console.width, 180)  # a file has no edge
     console.print(table(title, rows))

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from gmn.bench_metanetwork import SUBJECTS
 from gmn.checkpoint import save_json
+from gmn.consoles import plain_console
 from gmn.errors import GmnError
 from gmn.names import refuse_unknown
 from gmn.progress import track
@@ -223,7 +224,7 @@ def _random_images(pixels: int) -> Data:
 
 def show(steps: Sequence[Step], zoos: Sequence[ZooSize], path: Path | None, console: Console | None = None) -> None:
     """Print both tables; write JSON if a path is given."""
-    console = console or Console()
+    console = console or plain_console()
     if steps:
         table = Table(title=f"A step of meta-training: {steps[0].network}, {steps[0].images:,} images, one thread each")
         for name in ("processes", "seconds", "speed-up", "accuracy pass", "metanetwork", "MB of a process"):

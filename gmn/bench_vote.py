@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from gmn.backbone import Backbone
+from gmn.consoles import plain_console
 from gmn.example import example_inputs
 from gmn.groups import KeepMask
 from gmn.networks import build_network
@@ -97,7 +97,7 @@ def show(found: VoteCost) -> None:
     table.add_column("seconds", justify="right")
     for part in ("search", "vote", "average", "total"):
         table.add_row("search by prototypes" if part == "search" else part, f"{getattr(found, part):.3f}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _seconds(run: Callable[[], object], rounds: int) -> float:

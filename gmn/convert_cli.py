@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from gmn.checkpoint import write_atomic
+from gmn.consoles import wide_console
 from gmn.convert import to_model
 from gmn.errors import CheckpointError, GmnError
 from gmn.graph_copies import same_bits
@@ -20,8 +19,6 @@ from gmn.inspection_report import percent, report
 from gmn.network_source import parse_source, rebuild
 from gmn.permission import allow_code
 from gmn.subject import Choices, Subject, find, is_file_name
-
-WIDTH = 120  # of the output in a pipe
 
 
 def inspect(name: str, choices: Choices, *, draw: Path | None = None, groups: bool = True) -> None:
@@ -38,12 +35,6 @@ def inspect(name: str, choices: Choices, *, draw: Path | None = None, groups: bo
     wide_console().print(report(subject.model, subject.graph, groups=groups))
     if draw is not None:
         print(f"drawn: {draw}")
-
-
-def wide_console() -> Console:
-    """Where results are printed; wide in a pipe, if nobody says how wide."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
 def convert(name: str, output: Path, choices: Choices, *, overwrite: bool = False) -> None:

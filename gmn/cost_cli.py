@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gmn.checkpoint import save_json
 from gmn.cli_options import numbers
-from gmn.convert_cli import wide_console
+from gmn.consoles import wide_console
 from gmn.errors import CheckpointError
 from gmn.permission import allow_code
 from gmn.recipe import load_recipe

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from gmn import checkpoint_search, plots
 from gmn import curve as curves
 from gmn.checkpoint import load_metanetwork, save_metanetwork
 from gmn.cli_options import numbers
+from gmn.consoles import plain_console
 from gmn.errors import GmnError
 from gmn.meta_job import MetaJob
 from gmn.pipeline import reopened_metanetwork
@@ -54,7 +54,7 @@ def _show_probes(job: MetaJob, probes: Sequence[checkpoint_search.Probe], finetu
         table.add_column(name, justify="right")
     for probe in probes:
         table.add_row(str(probe.epoch), f"{100 * probe.accuracy:.2f}", f"{100 * probe.pruned:.2f}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _usual(job: MetaJob) -> list[int]:
@@ -82,4 +82,4 @@ def _show(content: dict[str, Any]) -> None:
             f"{last[0]:.1%}" if weights else f"{last[0]:.1f}x",
             f"{100 * last[1]:.1f}",
         )
-    Console().print(table)
+    plain_console().print(table)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from gmn.convert_cli import wide_console
+from gmn.consoles import wide_console
 from gmn.errors import GmnError
 from gmn.export import Batch, Exported, export_model
 from gmn.run import is_run

@@ -12,10 +12,12 @@ from typing import Any
 
 import rich.table
 from rich.console import Console
+from rich.text import Text
 
 from gmn.bench_report import markdown
 from gmn.checkpoint import save_text
 from gmn.compare import summarise
+from gmn.consoles import plain_console
 from gmn.page import Section, Table, origin, write_page
 from gmn.report import MEANINGS, TITLES, accuracy, targets
 from gmn.settings_matrix import OWN
@@ -113,7 +115,7 @@ def table(report: Report) -> rich.table.Table:
     for number, name in enumerate(header(report)):
         result.add_column(name, justify="right" if number else "left", overflow="fold")
     for line in accuracies(report, "[bold]{}*[/]"):
-        result.add_row(*line)
+        result.add_row(line[0], *map(Text.from_markup, line[1:]))  # the label is a user's
     return result
 
 
@@ -128,7 +130,7 @@ def text(report: Report) -> str:
 
 def show(report: Report, folder: Path, console: Console | None = None) -> None:
     """Print the table; write it as matrix.md, and the page."""
-    console = console or Console()
+    console = console or plain_console()
     if not console.is_terminal:
         console.width = max(console.width, 20 * len(columns(report)))  # a file has no edge
     console.print(table(report))

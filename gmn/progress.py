@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gmn.consoles import plain_console
 
 
 class Advance(Protocol):
@@ -25,7 +26,7 @@ class Advance(Protocol):
 WORTH_A_LINE = 1.0  # seconds; shorter tasks say nothing when the output is no terminal
 LINE_EVERY = 60.0  # seconds between the lines of a longer task
 
-console = Console(stderr=True)
+console = plain_console(stderr=True)
 
 
 _active: list[Progress] = []  # the bar on the terminal, if there is one: rich allows one at a time
@@ -62,8 +63,11 @@ def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
 def _bar(title: str, total: int, done: int) -> Iterator[Callable[[str, int], None]]:
     outermost = not _active
     if outermost:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        _active.append(Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True))
+        title_column, note_column = (
+            TextColumn(f"{{task.{of}}}", markup=False) for of in ("description", "fields[note]")
+        )
+        columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
+        _active.append(Progress(*columns, console=console, transient=True))
         _active[0].start()
     bar = _active[0]
     task = bar.add_task(title, total=total, completed=done, note="")
@@ -92,4 +96,4 @@ def _lines(title: str, total: int, done: int) -> Iterator[Callable[[str, int], N
 
 def say(line: str) -> None:
     """One line about what happens, to stderr."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.table import Table
 
-from gmn.convert_cli import wide_console
+from gmn.consoles import wide_console
 from gmn.errors import GmnError
 from gmn.names import nearest, refuse_unknown
 from gmn.recipe import METHODS
@@ -57,7 +57,10 @@ def all_keys(method: str) -> list[RecipeKey]:
 
 def show(method: str, section: str) -> None:
     """Print keys as a table."""
-    table = Table("key", "takes", "default", "meaning", title=f"recipes with method: {method}")
+    table = Table(title=f"recipes with method: {method}")
+    table.add_column("key", no_wrap=True)  # whole, for it is copied
+    for name in ("takes", "default", "meaning"):
+        table.add_column(name)
     for key in keys(method, section):
         default = "must be given" if key.default is None and key.key != "name" else key.default
         table.add_row(key.key, key.takes, default, key.meaning)
@@ -97,6 +100,6 @@ def _takes(schema: dict[str, Any]) -> str:
         return "section"
     if schema.get("type") == "array":
         return f"list of {_takes(schema.get('items', {}))}"
-    kind: str = schema.get("const") or schema.get("type") or "see there"  # a validator of its own reads it
+    kind: str = schema.get("const") or schema["type"]
     bounds = [f" {sign} {schema[bound]:g}" for bound, sign in BOUNDS.items() if bound in schema]
     return TYPES.get(kind, kind) + ",".join(bounds)

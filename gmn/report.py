@@ -12,6 +12,7 @@ from gmn.baselines import DIGEST, digest
 from gmn.bench_report import markdown
 from gmn.checkpoint import load_metanetwork, load_sound, save_text
 from gmn.compare import summarise, tables_of
+from gmn.consoles import plain_console
 from gmn.progress import say
 from gmn.run import METANETWORK_FILE
 from gmn.weight_masks import reasons
@@ -168,7 +169,7 @@ def show(report: dict[str, Any], folder: Path, console: Console | None = None) -
     if other := {"vote": vote_report.show, "matrix": matrix_report.show}.get(report.get("method", "")):
         other(report, folder, console)
         return
-    console = console or Console()
+    console = console or plain_console()
     for own in tables(report):
         console.print(own)
     _say_outdated(report, folder)

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.errors import MarkupError
 
 from gmn.checkpoint import load_checked, load_json, make_folder, save_bytes, save_json, save_text
 from gmn.distributed import leader_writes, team
@@ -263,7 +262,7 @@ def reading(path: Path) -> Iterator[None]:
     """Inside the `with`, content of another form than expected is a CheckpointError that names the file."""
     try:
         yield
-    except (*MALFORMED, MarkupError) as error:
+    except MALFORMED as error:
         raise CheckpointError("malformed content", got=one_line(error), where=str(path)) from error
 
 

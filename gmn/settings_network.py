@@ -99,7 +99,9 @@ class DataModels(Section):
     val: int = Field(default=0, ge=0, description="held-out networks that choose the checkpoint; 0: the train ones")
     fit: Fit | None = Field(default=None, description="their training; null: network.weights as they are")
     initial_speed_up: float | Literal["auto"] = Field(
-        default=1.0, description="pruning before all else; 1: none; auto: the largest that costs no validation accuracy"
+        default=1.0,
+        description="pruning before all else; 1: none; auto: the largest that costs no validation accuracy",
+        json_schema_extra={"anyOf": [{"type": "number", "minimum": 1}, {"const": "auto"}]},  # see _number_or_auto
     )
     initial_tolerance: float = Field(
         default=0.0, ge=0, description="points (percent) of validation accuracy that auto may cost"

@@ -11,6 +11,7 @@ import matplotlib.ticker
 from rich.console import Console
 from rich.table import Table
 
+from gmn.consoles import plain_console
 from gmn.plots import save_figure
 from gmn.report import human
 from gmn.vote_compare import summarise
@@ -84,7 +85,7 @@ def show(report: dict[str, Any], folder: Path, console: Console | None = None) -
     """Print the table, and write the page with the pictures."""
     from gmn import vote_page
 
-    console = console or Console()
+    console = console or plain_console()
     console.print(table(report))
     console.print(f"page: {vote_page.write(folder)}", soft_wrap=True, highlight=False)
 

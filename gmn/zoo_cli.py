@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gmn.consoles import plain_console
 from gmn.errors import GmnError
 from gmn.names import nearest
 from gmn.progress import say
@@ -76,7 +77,7 @@ def add(folder: Path, file: Path) -> None:
 
 def show(tasks: Sequence[Task], console: Console | None = None) -> None:
     """Print tasks to stdout; in a pipe one per line, the columns apart by tabs."""
-    console = console or Console()
+    console = console or plain_console()
     metrics = list(dict.fromkeys(name for task in tasks for name in task.metrics))[:MOST_METRICS]
     header = ("task", "split", "status", "classes", *metrics, "FLOPs", "parameters", "bytes", "error")
     lines = [_line(task, metrics) for task in tasks]

@@ -76,6 +76,7 @@ LAYERS = (
             "fit_options",
             "library_pruner",
             "gradients",
+            "consoles",
             "progress",
             *("processes", "bookmark", "guard", "loop"),
             "checkpoint",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gmn import matrix_report, matrix_runs, pipeline
 from gmn.checkpoint import save_text
+from gmn.consoles import plain_console
 from gmn.errors import GmnError
 from gmn.matrix import Matrix
 from gmn.permission import allow_code
@@ -393,6 +394,15 @@ def test_the_table_of_a_report_written_by_hand() -> None:
     assert "\x1b[1m95.00 ± 0.00*\x1b[0m" in shown
     assert "\x1b[1m97.00*\x1b[0m‡" in shown
     assert "\x1b[1m91" not in shown
+
+
+def test_a_label_is_no_style(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "[/x] [red]:M:"
+    content = {**REPORT, "recipe": odd, "networks": {odd: REPORT["networks"]["large"]}}
+    plain_console(width=120).print(matrix_report.table(content))
+    shown = capsys.readouterr().out
+    assert shown.count(odd) == 2  # title and row
+    assert " 97.00* " in shown
 
 
 def test_what_one_must_know_to_read_the_table() -> None:

@@ -79,6 +79,7 @@ def test_what_a_key_takes() -> None:
     assert takes["prune.speed_up"].startswith("number > 1")
     assert takes["prune.ranking"] == "global, local"
     assert takes["prune.keep"] == "list of text"
+    assert LISTED["metanetwork"]["data_models.initial_speed_up"].takes == "number >= 1 or auto"
 
 
 def test_wrong_names() -> None:
@@ -86,6 +87,15 @@ def test_wrong_names() -> None:
         keys(section="prune.spedup")
     with pytest.raises(GmnError, match=r"no such method.*votes"):
         keys("votes")
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_narrow_table_has_whole_keys(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    show("metanetwork", "data_models")
+    shown = capsys.readouterr().out
+    assert "data_models.initial_fit.images_per_epoch" in shown
+    assert max(map(len, shown.splitlines())) <= width
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
