@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gmn import __version__
 from gmn.cli_bench import bench_app
 from gmn.cli_options import (
     AddressOption,
@@ -51,7 +52,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Make trained neural networks smaller with graph metanetworks.",
+    help="Make trained neural networks smaller: with graph metanetworks, and with votes of the nearest tasks.",
     epilog="Exit codes: 0 done, 1 something was found, 2 a mistake, 3 the disk, 4 out of memory, 130 Ctrl-C.",
 )
 
@@ -64,9 +65,19 @@ SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of everyt
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gmn {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    context: typer.Context, debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show which gmn this is.")
+    ] = False,
 ) -> None:
     """Options of all commands; `main` reads --debug itself."""
     if rank() is not None and (name := context.invoked_subcommand) not in SHARED:
@@ -202,8 +213,9 @@ def curve(
 ) -> None:
     """Draw accuracy against speed-up for some checkpoints of a run.
 
-    By default nothing is fine-tuned: the networks are as the metanetwork leaves them. The paper's figures have networks
-    after metanetwork and fine-tuning: give --finetune-images, at best as many as finetune.after_meta reads.
+    By default nothing is fine-tuned: the networks are as the metanetwork leaves them.
+
+    The paper's figures have them after fine-tuning too: --finetune-images, as many as finetune.after_meta reads.
     """
     from gmn import curve_cli
 

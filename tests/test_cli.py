@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,11 @@ def test_help_has_an_example(here: Here, name: str) -> None:
 def test_help_says_that_curves_are_not_fine_tuned(here: Here) -> None:
     said = " ".join(here("curve", "--help")[1].split())
     assert "By default nothing is fine-tuned" in said
-    assert "give --finetune-images" in said
+    assert "--finetune-images, as many as" in said
+
+
+def test_version(here: Here) -> None:
+    assert here("--version") == (0, f"gmn {metadata.version('gmn')}\n", "")
 
 
 def test_mistakes_in_the_call(here: Here, tmp_path: Path) -> None:
