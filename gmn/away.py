@@ -6,7 +6,9 @@ folder; nothing else travels. Logs only grow: their new lines are added to the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,7 @@ def share(
     title: str,
     *,
     outside: Files | None = None,
+    in_place: bool = False,
 ) -> None:
     """Let an engine do jobs that know nothing of each other; what each makes is in the folder as soon as it is done.
 
@@ -59,14 +62,18 @@ def share(
         jobs: With the paths that each needs or makes.
         title: Of the progress bar.
         outside: Further files that all of them need.
+        in_place: Whether each works in the folder itself, where that is possible: then what is finished of a job stays
+            when all is killed. Its paths must be its own.
 
     Raises:
         GmnError: the first of a job, when all others are done.
     """
     failed: list[GmnError] = []
-    parcels = (Parcel(job, paths, pack(folder, paths)) for job, paths in jobs.items())
-    with track(title, len(jobs)) as advance:
-        for parcel, found in engine.map(partial(in_copy, work, outside or {}), parcels):
+    where = _at_home(folder, outside or {}) if in_place and engine.sees_disk else nullcontext()
+    with where as home, track(title, len(jobs)) as advance:
+        do = partial(in_copy, work, outside or {}) if home is None else partial(_in_place, work, home)
+        parcels = (Parcel(job, paths, pack(folder, paths) if home is None else {}) for job, paths in jobs.items())
+        for parcel, found in engine.map(do, parcels):
             if isinstance(found, GmnError):
                 say(f"{_name(parcel.job)}: {found}")
                 failed.append(found)
@@ -79,6 +86,22 @@ def share(
 
 def _name(job: object) -> str:
     return " ".join(str(part) for part in job) if isinstance(job, tuple) else str(job)
+
+
+@contextmanager
+def _at_home(folder: Path, outside: Files) -> Iterator[Path]:
+    """The folder with the files from outside of it, which are gone at the end."""
+    home = folder.absolute()  # workers may sit elsewhere
+    _write(home, outside)
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home / OUTSIDE, ignore_errors=True)
+
+
+def _in_place(work: Callable[[Path, Job], object], home: Path, parcel: Parcel[Job]) -> Changes:
+    work(home, parcel.job)
+    return {}
 
 
 def in_copy(work: Callable[[Path, Job], object], outside: Files, parcel: Parcel[Job]) -> Changes:

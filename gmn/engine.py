@@ -23,9 +23,11 @@ class Engine(Protocol):
     Attributes:
         remote: Whether the work is done by other processes, perhaps on other machines: what they are to read must lie
             in the function and its job, on the CPU.
+        sees_disk: Whether those processes see the folders of this one, under the same names.
     """
 
     remote: bool
+    sees_disk: bool
 
     def map(self, function: Callable[[Job], Found], jobs: Iterable[Job]) -> Iterator[tuple[Job, Found | GmnError]]:
         """Each job with what the function found for it, in the order in which they are finished.
@@ -48,6 +50,7 @@ class Here:
     """
 
     remote = False
+    sees_disk = True
 
     def map(self, function: Callable[[Job], Found], jobs: Iterable[Job]) -> Iterator[tuple[Job, Found | GmnError]]:
         """See `Engine.map`."""

@@ -67,7 +67,7 @@ class Matrix:
         work, outside = partial(elsewhere, self.recipe, self.runs.data()), outside_of(self.recipe)
         for title, keys in (("entries", entries), ("cells", self.recipe.cells)):
             jobs = {key: paths_of(key) for key in keys if key not in done}
-            share(self.engine, work, self.folder, jobs, title, outside=outside)
+            share(self.engine, work, self.folder, jobs, title, outside=outside, in_place=True)
 
     def _network(self, row: str) -> Report:
         """The report of one network: as `compare` makes it, but every metanetwork has a row of its own."""

@@ -31,11 +31,13 @@ class RayEngine:
         ray: The module.
         cpus, gpus: What a job takes up; a share of a GPU is fine.
         retries: How often a job is begun anew whose worker died.
+        sees_disk: Whether all of it is on this machine.
     """
 
     remote = True
 
-    def __init__(self, ray: Any, cpus: float, gpus: float, retries: int) -> None:
+    def __init__(self, ray: Any, cpus: float, gpus: float, retries: int, *, sees_disk: bool = False) -> None:
+        self.sees_disk = sees_disk
         self._ray, self._cpus, self._gpus, self._retries = ray, cpus, gpus, retries
 
     def map(self, function: Callable[[Job], Found], jobs: Iterable[Job]) -> Iterator[tuple[Job, Found | GmnError]]:
@@ -108,7 +110,7 @@ def ray_engine(
         raise _no_cluster(address, first_line(error)) from error
     try:
         _refuse_too_large(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus})
-        yield RayEngine(ray, cpus, gpus, retries)
+        yield RayEngine(ray, cpus, gpus, retries, sees_disk=address is None)
     finally:
         ray.shutdown()
 

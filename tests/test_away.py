@@ -2,6 +2,8 @@
 
 * Rows with several seeds and speed-ups, entries and cells of a matrix, rows of a vote are those of one process:
   report, log, weights, files; workers read nothing but what is sent to them, not even the weights that a recipe names.
+* Workers of this machine make the runs of a matrix in the folder itself: what they finished of one is there after a
+  kill.
 * What has failed is said, the rest is kept, and a resumed run makes what is missing and nothing else.
 * Logs only grow; files that a worker deletes go; nothing outside of a job's paths comes back.
 """
@@ -22,9 +24,10 @@ from conftest import TINY, VOTE_TINY
 from evidence import evidence, files_of
 
 import gmn
-from gmn import away, pipeline, study_cli
+from gmn import away, matrix_runs, pipeline, study_cli
 from gmn.away import Parcel, apply, in_copy, pack, share
 from gmn.engine import attempt
+from gmn.exits import Stopped
 from gmn.jsonl import append_line, read_lines
 from gmn.recipe import AnyRecipe, load_recipe
 from gmn.settings_vote import VoteRecipe
@@ -40,12 +43,13 @@ class Elsewhere:
 
     Args:
         fails: Numbers of the jobs whose worker dies.
+        sees_disk: Whether workers may be given the run folder itself.
     """
 
     remote = True
 
-    def __init__(self, folder: Path, fails: Iterable[int] = ()) -> None:
-        self.folder, self.fails, self.jobs = folder, set(fails), list[Any]()
+    def __init__(self, folder: Path, fails: Iterable[int] = (), *, sees_disk: bool = False) -> None:
+        self.folder, self.fails, self.jobs, self.sees_disk = folder, set(fails), list[Any](), sees_disk
         folder.mkdir(exist_ok=True)
 
     def map(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -124,16 +128,47 @@ def small_matrix() -> AnyRecipe:
     return load_recipe("m.yaml", [*overrides, "common.report.seeds=1", "common.report.baselines=[]"])
 
 
-def test_a_matrix_is_that_of_one_process(tmp_path: Path) -> None:
-    recipe = small_matrix()
-    pipeline.meta_train(recipe, tmp_path / "here")
+@pytest.fixture(scope="module")
+def matrix_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("matrix")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pipeline.meta_train(small_matrix(), folder / "here")
+    return folder / "here"
+
+
+def test_a_matrix_is_that_of_one_process(matrix_here: Path, tmp_path: Path) -> None:
+    recipe, failing = small_matrix(), Elsewhere(tmp_path / "worker", fails=[1])
     with pytest.raises(gmn.GmnError, match="the worker died"):
-        pipeline.meta_train(recipe, tmp_path / "there", engine=Elsewhere(tmp_path / "worker", fails=[1]))
+        pipeline.meta_train(recipe, tmp_path / "there", engine=failing)
     again = Elsewhere(tmp_path / "worker")
     pipeline.meta_train(recipe, tmp_path / "there", engine=again, resume=True)
     assert again.jobs == [("wide",), ("narrow", "wide"), ("wide", "narrow")]
-    assert len(evidence(tmp_path / "here")["logs"]) == 4  # of two entries and two cells
-    assert evidence(tmp_path / "there") == evidence(tmp_path / "here")
+    assert len(evidence(matrix_here)["logs"]) == 4  # of two entries and two cells
+    assert evidence(tmp_path / "there") == evidence(matrix_here)
+
+
+def test_what_a_worker_of_this_machine_finished_stays(
+    matrix_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the meta-training and the rows of an entry."""
+    recipe, engine = small_matrix(), Elsewhere(tmp_path / "worker", sees_disk=True)
+
+    def killed(*_: object, **__: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix_runs, "compare", killed)
+        with pytest.raises(Stopped):
+            pipeline.meta_train(recipe, tmp_path / "there", engine=engine)
+    learnt = tmp_path / "there" / "entries" / "narrow" / "metanetwork.safetensors"
+    before = learnt.stat().st_mtime_ns
+    pipeline.meta_train(recipe, tmp_path / "there", engine=engine, resume=True)
+    assert learnt.stat().st_mtime_ns == before
+    assert evidence(tmp_path / "there") == evidence(matrix_here)
+    assert not (tmp_path / "there" / "outside").exists()
+    assert list((tmp_path / "worker").iterdir()) == []
 
 
 def test_the_rows_of_a_vote_are_those_of_one_process(
