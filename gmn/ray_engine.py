@@ -54,7 +54,7 @@ class RayEngine:
                     return
                 (finished, *_), _ = self._ray.wait(list(running), num_returns=1)
                 yield running.pop(finished), self._found(finished)
-        finally:  # Ctrl-C too
+        finally:  # Ctrl-C too; Ray 2.60 aborts if a task ends within microseconds of this: jobs take minutes
             for unfinished in running:
                 self._ray.cancel(unfinished, force=True)
 
