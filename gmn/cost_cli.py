@@ -116,10 +116,12 @@ def _memory(spent: dict[str, float], gpu: bool) -> list[str]:
 
 
 def _minutes(seconds: float) -> str:
-    """Minutes with two figures at least.
+    """Minutes, to a thousandth below a tenth.
 
-    >>> _minutes(90.0), _minutes(1.5), _minutes(7200.0)
-    ('1.50', '0.025', '120.00')
+    >>> _minutes(90.0), _minutes(1.5), _minutes(7200.0), _minutes(0.02)
+    ('1.50', '0.025', '120.00', '< 0.001')
     """
     minutes = seconds / 60
-    return f"{minutes:.2f}" if minutes >= 0.1 else f"{minutes:.2g}"
+    if minutes < 0.0005:
+        return "< 0.001"
+    return f"{minutes:.2f}" if minutes >= 0.1 else f"{minutes:.3f}"
