@@ -32,6 +32,21 @@ class WeightMask:
     keep: Mapping[str, Tensor]
     dense: Mapping[str, str]
 
+    @classmethod
+    def of_zeros(cls, model: nn.Module) -> WeightMask:
+        """The mask of a network that was pruned before, a saved one for instance: what is zero stays zero.
+
+        Of parameters with two axes or more; one that is all zeros was made so, not pruned, and stays free.
+
+        Raises:
+            PruningError: if there is no such zero.
+        """
+        weights = {name: weight.detach() != 0 for name, weight in model.named_parameters() if weight.dim() > 1}
+        keep = {name: kept for name, kept in weights.items() if kept.any() and not kept.all()}
+        if not keep:
+            raise PruningError("no weight is zero", hint="prune with pattern='unstructured' or '2:4' first")
+        return cls(keep, {})
+
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Set what goes to zero, in place."""

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import TINY, quickstart
 
-from gmn import checkpoint_search, curve, pipeline, report_page
+from gmn import checkpoint_search, curve, pipeline, plots, report_page
 from gmn import report as reports
 from gmn.checkpoint import load_json, save_json
 from gmn.checkpoint_search import Probe, search
@@ -48,6 +48,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["event"] == name]
+
+
+def test_turning_points_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_finish", lambda figure, axes, path, **_: drawn.append(axes) or path)
+    points = [(1.0, 0.9), (2.0, 0.7)]
+    ends = {0: 1.5, 1: None, 3: 1.25}
+    entries = [{"checkpoint": epoch, "points": points, "turning_point": end} for epoch, end in ends.items()]
+    content = {"curves": entries, "threshold": 0.8, "finetune_images": 0, "axis": "speed-up"}
+    plots.curves(content, "test", Path("curve.png"))
+    marks = [line.get_xydata().tolist() for line in drawn[0].lines if line.get_marker() == "D"]
+    assert marks == [[[1.5, 0.8]], [[1.25, 0.8]]]
 
 
 def test_turning_points() -> None:

@@ -3,11 +3,13 @@
 * unstructured: the smallest of all go, of equal ones the first stays; limits, one ranking or the same share of each
 * N:M: of every M consecutive inputs exactly the N largest stay, whatever the layer's shape; what does not fit is dense
 * only weights of layers go; keep-lists, criteria by chance and by gradient, and one line for what makes no sense
+* a network that was saved keeps its zeros in training; what was made of zeros is not held
 * weights that are not 2:4, and machines without the hardware, are refused in one line
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gmn
+from gmn.checkpoint import save_model
 from gmn.costs import cost
 from gmn.data import Data, load_data
 from gmn.errors import GmnError, PruningError, RecipeError
 from gmn.gradients import loss_gradients
 from gmn.ranking import prune_to
 from gmn.settings import Criterion, Prune
-from gmn.weight_masks import n_of_m, unstructured
+from gmn.weight_masks import WeightMask, n_of_m, unstructured
 from gmn.weight_ranking import LEAST, weight_ladder, weight_scores
 
 RESNET = {"name": "cifar.resnet8", "num_classes": 10, "in_channels": 1, "options": {"width": 8, "shortcut": "B"}}
@@ -280,6 +283,31 @@ def test_ladders_end_where_they_should() -> None:
     assert shares(weight_ladder(model, spec, own, points=2)) == pytest.approx([LEAST**0.5, LEAST], abs=1e-4)
     limited = own.model_copy(update={"limits": {"*": 0.75}})
     assert shares(weight_ladder(model, spec, limited, points=2)) == pytest.approx([0.5, 0.25], abs=1e-3)
+
+
+def test_a_saved_network_keeps_its_zeros_in_training(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(PruningError, match="no weight is zero"):
+        WeightMask.of_zeros(resnet())
+    pruned = gmn.prune(resnet(), data.example_inputs(), pattern="2:4")
+    assert pruned.mask is not None
+    save_model(tmp_path, pruned.model, RESNET)
+    loaded = gmn.load_model(tmp_path)
+    mask = WeightMask.of_zeros(loaded)
+    assert mask.keep.keys() == pruned.mask.keep.keys()
+    gmn.fit(loaded, data.train, gmn.Fit(epochs=1, lr=0.1, batch_size=64), mask=mask)
+    for name, keep in mask.keep.items():
+        assert torch.equal(keep, pruned.mask.keep[name])
+        assert torch.equal(loaded.get_parameter(name) != 0, keep)
+        assert not torch.equal(loaded.get_parameter(name), pruned.model.get_parameter(name))
+
+
+def test_what_was_made_of_zeros_is_not_held() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2)), model[0].bias.zero_(), model[1].weight.zero_()
+    assert {name: keep.tolist() for name, keep in WeightMask.of_zeros(model).keep.items()} == {
+        "0.weight": [[True, False], [False, True]]
+    }
 
 
 # -- 2:4 in torch's own format -----------------------------------------------------------------------------------------
