@@ -1,4 +1,4 @@
-"""The Python examples of the README, of docs/converting.md and of docs/criteria.md run as they stand."""
+"""The Python examples of the README and of the documents run as they stand, and recipes in them are read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import torch
 
 import gmn.rules
 import gmn.scores
+from gmn.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
 def run_example(page: str) -> dict[str, Any]:
     """The names that the first Python block of a page leaves behind."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert code is not None
     names: dict[str, Any] = {}
-    exec(code[1], names)
+    exec(blocks(page, "python")[0], names)
     return names
 
 
@@ -55,3 +58,13 @@ def test_the_example_runs(capsys) -> None:
     assert isinstance(same, torch.nn.Module)
     assert isinstance(model, torch.nn.Module)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
+
+
+def test_recipes_of_the_documents_are_read(tmp_path: Path) -> None:
+    recipes = blocks("docs/training.md", "yaml")
+    assert len(recipes) == 3
+    usual = load_recipe("quickstart")
+    for number, text in enumerate(recipes):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        assert load_recipe(path) != usual

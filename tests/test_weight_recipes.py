@@ -37,6 +37,8 @@ WEIGHTS = [
 PATTERNS = {
     "2:4": ["prune.pattern=2:4", "report.baselines=[same-schedule, direct]"],
     "unstructured": ["prune.pattern=unstructured", "prune.sparsity=0.7", "report.baselines=[sparse, random]"],
+    "1:4": ["prune.pattern=1:4", "report.baselines=[same-schedule, sparse]"],
+    "3:4": ["prune.pattern=3:4", "report.baselines=[direct, random]"],
 }
 
 
@@ -62,16 +64,21 @@ def layers(model: nn.Module) -> dict[str, Tensor]:
     return {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
+def of_four(pattern: str) -> int | None:
+    """N of N:4."""
+    return int(pattern[0]) if pattern.endswith(":4") else None
+
+
 def refuse_more_than_the_pattern(pattern: str, model: nn.Module) -> None:
     weights = layers(model)
-    if pattern == "2:4":
+    if stay := of_four(pattern):
         stem = weights.pop("conv1")
         assert bool(stem.all())
         for weight in weights.values():
             groups = weight.unflatten(1, (-1, 4))
-            assert bool(((groups != 0).sum(2) <= 2).all())
+            assert bool(((groups != 0).sum(2) <= stay).all())
     every = torch.cat([weight.flatten() for weight in weights.values()])
-    gone = {"2:4": len(every) // 2, "unstructured": round(0.7 * len(every))}[pattern]
+    gone = (4 - stay) * len(every) // 4 if stay else round(0.7 * len(every))
     assert int((every == 0).sum()) == gone
 
 
@@ -95,11 +102,11 @@ def test_every_row_keeps_the_pattern_and_loads(finished: Finished) -> None:
 def test_the_table_says_what_is_left(finished: Finished) -> None:
     pattern, _, found = finished
     drawn = report.table(found)
-    goal = {"2:4": "2:4", "unstructured": "70% zeros"}[pattern]
+    goal = pattern if of_four(pattern) else "70% zeros"
     assert drawn.title == f"quickstart: pruned to {goal}"
     assert "left" in [column.header for column in drawn.columns]
     assert "do not skip zeros" in str(drawn.caption)
-    assert ("dense: conv1 (inputs: 1, no multiple of 4)" in str(drawn.caption)) == (pattern == "2:4")
+    assert ("dense: conv1 (inputs: 1, no multiple of 4)" in str(drawn.caption)) == bool(of_four(pattern))
     left = found["results"][0]["parameters"] / found["base"]["parameters"]
     assert report.cells(found)[1][4] == f"{left:.1%}"
 
@@ -125,11 +132,11 @@ def test_curves_go_down_to_what_the_pattern_allows(
     assert len(places) == 4
     assert places[0] == 1.0
     assert places == sorted(places, reverse=True)
-    if pattern == "2:4":
-        halved = found["results"][0]["parameters"] / found["base"]["parameters"]
-        assert places[2] == halved
+    if stay := of_four(pattern):
+        left = found["results"][0]["parameters"] / found["base"]["parameters"]
+        assert places[4 - stay] == left
     assert call(monkeypatch, "select", str(folder), "--min-accuracy", "0.01", "--finetune-images", "0") == 0
-    assert {"2:4": "pruned 2:4 %", "unstructured": "70%"}[pattern] in " ".join(capsys.readouterr().out.split())
+    assert (f"pruned {pattern} %" if of_four(pattern) else "70%") in " ".join(capsys.readouterr().out.split())
 
 
 @only("unstructured")
