@@ -26,6 +26,10 @@ CAPTION = (
     "a pruning: initial pruning, rewriting, both fine-tunings and the pruning, mean over seeds; over N networks: "
     "that and 1/N of meta-training (?: nobody noted what that was); MB: most that the process held, libraries included"
 )
+EVEN_CAPTION = (
+    "from the minutes above, and these also depend on what else the machine did: it means something only where a row "
+    "has less to do than the other"
+)
 
 
 def cost(run: Path, *, networks: str, output: Path | None) -> None:
@@ -87,7 +91,8 @@ def pruning(content: dict[str, Any]) -> Table:
 
 def even(content: dict[str, Any]) -> Table | None:
     """From how many networks on a metanetwork is not dearer than another row; None if no row takes longer than it."""
-    table, several = Table(title="break-even: not dearer per network from so many networks on"), _several(content)
+    title, several = "break-even: not dearer per network from so many networks on", _several(content)
+    table = Table(title=title, caption=EVEN_CAPTION)
     _columns(table, ["network", *(["speed-up"] if several else []), "than", "networks"])
     for entry in content["pruning"]:
         where = [f"{entry['speed_up']:g}x"] if several else []
