@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmn.cifar import VGG_STAGES, CifarResNet, CifarVGG
-from gmn.errors import GmnError, NetworkError, one_line
+from gmn.errors import GmnError, NetworkError, no_memory, one_line
 from gmn.names import accepted, import_function, nearest
 from gmn.state_dict import read_state_dict
 
@@ -51,6 +51,8 @@ def build_network(
     except GmnError:
         raise
     except Exception as problem:  # whatever a library raises for options that it does not check
+        if no_memory(problem):
+            raise
         raise NetworkError("cannot build the network", got=one_line(problem), where=name) from problem
     if not isinstance(model, nn.Module):
         raise NetworkError("not a network", expected="an nn.Module", got=type(model).__name__, where=name)

@@ -115,6 +115,11 @@ def test_networks_from_a_function() -> None:
     assert (model.in_features, model.out_features) == (5, 7)
 
 
+def test_memory_that_runs_out_is_no_mistake_in_the_options() -> None:
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        build_network(f"{__name__}:make", num_classes=2**20, options={"width": 2**36})  # 2**58 bytes
+
+
 def test_timm_takes_the_channels() -> None:
     model = build_network("timm.resnet18", num_classes=4, in_channels=1).eval()
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 4)
