@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gmn.away import share
+from gmn.away import OUTSIDE, share
 from gmn.checkpoint import save_json
 from gmn.engine import HERE, Engine
 from gmn.errors import ConversionError, within
@@ -41,6 +42,7 @@ class Matrix:
         if run.replaces or not is_run(run.folder):
             self._rehearse()
         run.start()
+        shutil.rmtree(run.folder / OUTSIDE, ignore_errors=True)  # what jobs of a killed process read
 
     def report(self) -> Report:
         """Do what is not done yet; returns the finished report, which is saved as report.json."""

@@ -167,7 +167,9 @@ def test_a_run_killed_in_a_cell_goes_on(
         with pytest.raises(KeyboardInterrupt):
             pipeline.meta_train(loaded(), folder, resume=True)
     assert (folder / "cells" / "grey" / "rgb" / "models" / "base" / "model.json").is_file()
+    (folder / "outside").mkdir()  # on a cluster: files that its jobs read
     assert pipeline.meta_train(loaded(), folder, resume=True) == load_report(finished[0])
+    assert not (folder / "outside").exists()
     with pytest.raises(GmnError, match="cannot resume with another recipe"):
         pipeline.meta_train(loaded("entries.grey.seed=5"), folder, resume=True)
 
